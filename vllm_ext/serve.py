@@ -1,0 +1,91 @@
+"""`vllm-ext serve`: vLLM's own OpenAI-compatible server, with a plan laid over a stock checkpoint.
+
+Everything that can be known beforehand is checked first, so that a mistake costs a line and not a start.
+"""
+
+import os
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+from vllm_ext.checkpoint import Checkpoint
+from vllm_ext.errors import UsageError
+from vllm_ext.layers import parse_layers
+from vllm_ext.versions import vllm_problem
+
+PLUGIN = "vllm_ext"
+
+
+def serve(model: str, skip: str | None, vllm_args: Sequence[str]) -> None:
+    """Serve in the foreground until stopped.
+
+    Raises:
+        UsageError: for whatever a user can mend; what vLLM itself refuses included.
+
+    """
+    overrides = prepare(model, skip)
+    if problem := vllm_problem():
+        raise UsageError(problem)
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and PLUGIN not in allowed.split(","):
+        raise UsageError(f"VLLM_PLUGINS={allowed!r} leaves this plugin out; add {PLUGIN} to it or unset it")
+
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    command = ServeSubcommand()
+    parser = FlexibleArgumentParser(prog="vllm-ext")
+    command.subparser_init(parser.add_subparsers(dest="subparser"))
+    args = parser.parse_args([command.name, model, *vllm_args])
+    if overrides:
+        if callable(args.hf_overrides):
+            raise UsageError("--hf-overrides with --skip must be a JSON object")
+        args.hf_overrides = {**(args.hf_overrides or {}), **overrides}
+    if not args.uds:
+        args.host = args.host or "127.0.0.1"  # vLLM would listen on every interface
+        check_port(args.host, args.port)
+    try:
+        command.validate(args)
+        command.cmd(args)
+    except (ValueError, TypeError) as error:  # vLLM refuses bad settings with these while it is configured
+        if os.environ.get("VLLM_LOGGING_LEVEL") == "DEBUG":
+            raise
+        raise UsageError(one_line(error)) from error
+
+
+def prepare(model: str, skip: str | None) -> dict[str, Any]:
+    """Check the model and the plan; returns what to override in its configuration, nothing where it is planned.
+
+    Raises:
+        UsageError: for a missing or damaged checkpoint, or a plan that does not fit.
+
+    """
+    checkpoint = Checkpoint.open(model, weights=False)
+    if checkpoint.folder is not None:
+        checkpoint.tensors  # noqa: B018 - reads every file's header
+    if skip is None:
+        if checkpoint.config.get("vllm_ext") is not None:
+            checkpoint.plan  # noqa: B018 - a plan that does not fit is found here
+        return {}
+    return checkpoint.overrides(checkpoint.planned(parse_layers(skip)))
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise UsageError where the port is taken: vLLM shares a listening port and would not notice."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except OSError as error:
+            raise UsageError(
+                f"--port {port}: cannot listen on {host} ({error.strerror}); choose another port"
+            ) from error
+
+
+def one_line(error: Exception) -> str:
+    """The message without the frame that pydantic puts around it."""
+    errors = getattr(error, "errors", None)
+    if callable(errors):
+        return "; ".join(str(item.get("ctx", {}).get("error", item["msg"])) for item in errors())
+    return " ".join(str(error).split())
