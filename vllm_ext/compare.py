@@ -32,8 +32,8 @@ from vllm_ext.versions import vllm_distribution
 SERVED_NAME = "compared"
 SHORT_PROMPT_TOKENS = 32
 WARM_UPS = 2
-PROMPTS = 5
-ANSWERS = 3
+PROMPTS = 9
+ANSWERS = 5
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,6 @@ class Figures:
     time_to_first_token_ms: list[float] = field(default_factory=list)
     time_per_output_token_ms: list[float] = field(default_factory=list)
     output_tokens_per_second: list[float] = field(default_factory=list)
-
-    def medians(self) -> dict[str, float]:
-        """The median over the rounds, by name."""
-        return {name: statistics.median(values) for name, values in asdict(self).items()}
 
 
 ROWS = {
@@ -226,14 +222,20 @@ def _report(
     figures: dict[str, Figures],
     metrics: dict[str, float],
 ) -> dict[str, Any]:
-    stock, planned = figures["stock"].medians(), figures["planned"].medians()
-    planned["kv_bytes_per_token"] = metrics["vllm_ext_kv_cache_token_bytes"]
-    stock["kv_bytes_per_token"] = metrics["vllm_ext_stock_kv_cache_token_bytes"]
-    if "vllm_ext_weight_bytes" in metrics:  # not known of quantized checkpoints
-        planned["weight_bytes"] = metrics["vllm_ext_weight_bytes"]
-        stock["weight_bytes"] = planned["weight_bytes"] + metrics["vllm_ext_weight_dropped_bytes"]
+    stock, planned = asdict(figures["stock"]), asdict(figures["planned"])
+    # The same in every round. Of quantized checkpoints the weights' bytes are not known.
+    planned["kv_bytes_per_token"] = [metrics["vllm_ext_kv_cache_token_bytes"]]
+    stock["kv_bytes_per_token"] = [metrics["vllm_ext_stock_kv_cache_token_bytes"]]
+    if "vllm_ext_weight_bytes" in metrics:
+        planned["weight_bytes"] = [metrics["vllm_ext_weight_bytes"]]
+        stock["weight_bytes"] = [metrics["vllm_ext_weight_bytes"] + metrics["vllm_ext_weight_dropped_bytes"]]
     rows = {
-        name: {"stock": stock[name], "planned": planned[name], "ratio": planned[name] / stock[name]}
+        name: {
+            "stock": statistics.median(stock[name]),
+            "planned": statistics.median(planned[name]),
+            # Round by round, since the machine may be faster in one round than in another.
+            "ratio": statistics.median(ours / theirs for ours, theirs in zip(planned[name], stock[name], strict=True)),
+        }
         for name in ROWS
         if name in stock
     }
@@ -255,7 +257,8 @@ def _print(report: dict[str, Any]) -> None:
     table = Table(
         title=f"{report['model']}, --skip {report['skip']}, beside stock",
         caption=f"{report['vllm']}; {report['machine']}; prompts of {work['prompt_tokens']}, answers of "
-        f"{work['answer_tokens']} tokens, {work['streams']} streams; medians of {report['rounds']} rounds in turn",
+        f"{work['answer_tokens']} tokens, {work['streams']} streams; medians of {report['rounds']} "
+        "rounds in turn, ratios round by round",
     )
     table.add_column("")
     for column in ("stock", "planned", "ratio"):

@@ -3,6 +3,7 @@
 Everything that can be known beforehand is checked first, so that a mistake costs a line and not a start.
 """
 
+import argparse
 import os
 import socket
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ from vllm_ext.layers import parse_layers
 from vllm_ext.versions import vllm_problem
 
 PLUGIN = "vllm_ext"
+DEFAULT_HOST = "127.0.0.1"
+DEFAULT_PORT = 8000  # vLLM's own
 
 
 def serve(model: str, skip: str | None, vllm_args: Sequence[str]) -> None:
@@ -24,6 +27,7 @@ def serve(model: str, skip: str | None, vllm_args: Sequence[str]) -> None:
 
     """
     overrides = prepare(model, skip)
+    check_listening(vllm_args)
     if problem := vllm_problem():
         raise UsageError(problem)
     allowed = os.environ.get("VLLM_PLUGINS")
@@ -42,8 +46,7 @@ def serve(model: str, skip: str | None, vllm_args: Sequence[str]) -> None:
             raise UsageError("--hf-overrides with --skip must be a JSON object")
         args.hf_overrides = {**(args.hf_overrides or {}), **overrides}
     if not args.uds:
-        args.host = args.host or "127.0.0.1"  # vLLM would listen on every interface
-        check_port(args.host, args.port)
+        args.host = args.host or DEFAULT_HOST  # vLLM would listen on every interface
     try:
         command.validate(args)
         command.cmd(args)
@@ -70,17 +73,26 @@ def prepare(model: str, skip: str | None) -> dict[str, Any]:
     return checkpoint.overrides(checkpoint.planned(parse_layers(skip)))
 
 
-def check_port(host: str, port: int) -> None:
+def check_listening(vllm_args: Sequence[str]) -> None:
     """Raise UsageError where the port is taken: vLLM shares a listening port and would not notice."""
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    with socket.socket(family, kind, protocol) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--host", default=DEFAULT_HOST)
+    parser.add_argument("--port", type=int, default=DEFAULT_PORT)
+    parser.add_argument("--uds")
+    args = parser.parse_known_args(vllm_args)[0]
+    if args.uds:
+        return
+    if not 0 < args.port < 2**16:
+        raise UsageError(f"--port {args.port}: no such port; choose one of 1-65535")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
-        except OSError as error:
-            raise UsageError(
-                f"--port {port}: cannot listen on {host} ({error.strerror}); choose another port"
-            ) from error
+    except OSError as error:
+        raise UsageError(
+            f"--port {args.port}: cannot listen on {args.host} ({error.strerror}); choose another"
+        ) from error
 
 
 def one_line(error: Exception) -> str:
