@@ -6,6 +6,8 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 SKIP ?= 28-29
 ARGS ?=
+# GiB for the KV cache on a CPU; by itself vLLM would take nearly all memory, or refuse to start where some is in use.
+export VLLM_CPU_KVCACHE_SPACE ?= 1
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready

@@ -160,15 +160,15 @@ def test_refuses_truncated_weights(llama, size):
     weights = llama / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:size])
     with pytest.raises(UsageError, match=r"model\.safetensors is damaged"):
-        opened(llama).tensors  # noqa: B018
+        opened(llama).check_weights()
 
 
 def test_refuses_missing_weights(llama):
     shard(llama)
     (llama / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(UsageError, match=r"model-00002-of-00002\.safetensors is missing"):
-        opened(llama).tensors  # noqa: B018
+        opened(llama).check_weights()
     for path in [*llama.glob("*.safetensors"), llama / INDEX]:
         path.unlink()
     with pytest.raises(UsageError, match=r"no \*\.safetensors weights"):
-        opened(llama).tensors  # noqa: B018
+        opened(llama).check_weights()

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
-from model_executors.attention_plan import CONFIG_KEY, AttentionPlan
+from model_executors.attention_plan import ARCHITECTURE_PREFIX, CONFIG_KEY, AttentionPlan
 from model_executors.families import Family, family_of
 from vllm_ext.errors import UsageError
 
@@ -97,15 +97,15 @@ class Checkpoint:
             UsageError: for a plan that does not fit the model.
 
         """
-        planned = self.architecture == self.family.planned_architecture
-        if not planned and CONFIG_KEY not in self.config:
-            return None
-        if not planned:
+        if not self.architecture.startswith(ARCHITECTURE_PREFIX):
+            if CONFIG_KEY not in self.config:
+                return None
             raise UsageError(
                 f"model {self.name}: {CONFIG} has {CONFIG_KEY!r} but architecture {self.architecture}; "
                 f"set it to {self.family.planned_architecture}"
             )
         try:
+            family_of(self.architecture)
             return AttentionPlan.from_config(self.config.get(CONFIG_KEY), self.num_layers)
         except ValueError as error:
             raise UsageError(f"model {self.name}: {error}") from error
@@ -114,12 +114,13 @@ class Checkpoint:
         """A plan for this stock checkpoint.
 
         Raises:
-            UsageError: for layers it does not have, for all of them, or where it is planned already.
+            UsageError: for layers it does not have, for all of them, a family without a row, or a planned checkpoint.
 
         """
         if self.plan is not None:
             raise UsageError(f"model {self.name}: it has an attention plan already; plan the stock checkpoint instead")
         try:
+            family_of(self.architecture)
             return AttentionPlan.skipping(skip, self.num_layers)
         except ValueError as error:
             raise UsageError(f"model {self.name}: {error}") from error
@@ -144,6 +145,10 @@ class Checkpoint:
         if not files:
             raise UsageError(f"model {self.name}: no *.safetensors weights in that folder; convert or download them")
         return {name: self._tensors_in(name) for name in files}
+
+    def check_weights(self) -> None:
+        """Read every weight file's header; raises as `tensors` does."""
+        _ = self.tensors
 
     def _tensors_in(self, file: str) -> list[str]:
         from safetensors import SafetensorError, safe_open
@@ -201,6 +206,7 @@ def complete_folder(folder: Path) -> Iterator[Path]:
 
 def _write_weights(source: Checkpoint, plan: AttentionPlan, out: Path) -> int:
     """Write the weight files and their index; returns how many tensors were left out."""
+    from rich.console import Console
     from rich.progress import track
     from safetensors import safe_open
     from safetensors.torch import save_file
@@ -208,7 +214,7 @@ def _write_weights(source: Checkpoint, plan: AttentionPlan, out: Path) -> int:
     assert source.folder is not None
     skipped = set(plan.skipped)
     weight_map: dict[str, str] = {}
-    for file, names in track(source.tensors.items(), "weights", transient=True):
+    for file, names in track(source.tensors.items(), "weights", console=Console(stderr=True), transient=True):
         kept = [name for name in names if not source.family.drops(name, skipped)]
         weight_map |= dict.fromkeys(kept, file)
         with safe_open(source.folder / file, framework="pt") as weights:

@@ -1,5 +1,6 @@
 """The `vllm-ext` command."""
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -75,6 +76,7 @@ def compare(
     from vllm_ext.compare import Work
     from vllm_ext.compare import compare as run
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers it started end with it
     run(model, skip, context.args, Work(prompt_tokens, answer_tokens, streams), rounds, json_file)
 
 

@@ -88,7 +88,7 @@ def compare(model: str, skip: str, vllm_args: Sequence[str], work: Work, rounds:
         UsageError: for a plan that does not fit, or a server that does not start.
 
     """
-    overrides = prepare(model, skip)
+    overrides = prepare(model, skip, vllm_args)
     if json_file is not None and not json_file.parent.is_dir():
         raise UsageError(f"--json {json_file}: no such folder; create {json_file.parent}")
     vocab_size = Checkpoint.open(model, weights=False).config["vocab_size"]

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -63,4 +64,5 @@ def _wait(server: subprocess.Popen[bytes], url: str, log: Any) -> None:
     lines = [line for line in log.read().splitlines() if line.strip()]
     Console(stderr=True, highlight=False).print("\n".join(lines[-LOG_LINES:]), markup=False)
     why = f"not in {START_SECONDS} s" if server.returncode is None else f"it exited with code {server.returncode}"
-    raise UsageError(f"the server did not start: {why}; the end of its log is above")
+    cause = next((f" ({match[0]})" for line in lines if (match := re.search(r"\b\w+Error: .*", line))), "")
+    raise UsageError(f"the server did not start: {why}{cause}; the end of its log is above")

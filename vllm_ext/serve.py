@@ -26,7 +26,7 @@ def serve(model: str, skip: str | None, vllm_args: Sequence[str]) -> None:
         UsageError: for whatever a user can mend; what vLLM itself refuses included.
 
     """
-    overrides = prepare(model, skip)
+    overrides = prepare(model, skip, vllm_args)
     check_listening(vllm_args)
     if problem := vllm_problem():
         raise UsageError(problem)
@@ -56,7 +56,7 @@ def serve(model: str, skip: str | None, vllm_args: Sequence[str]) -> None:
         raise UsageError(one_line(error)) from error
 
 
-def prepare(model: str, skip: str | None) -> dict[str, Any]:
+def prepare(model: str, skip: str | None, vllm_args: Sequence[str]) -> dict[str, Any]:
     """Check the model and the plan; returns what to override in its configuration, nothing where it is planned.
 
     Raises:
@@ -64,13 +64,12 @@ def prepare(model: str, skip: str | None) -> dict[str, Any]:
 
     """
     checkpoint = Checkpoint.open(model, weights=False)
-    if checkpoint.folder is not None:
-        checkpoint.tensors  # noqa: B018 - reads every file's header
-    if skip is None:
-        if checkpoint.config.get("vllm_ext") is not None:
-            checkpoint.plan  # noqa: B018 - a plan that does not fit is found here
-        return {}
-    return checkpoint.overrides(checkpoint.planned(parse_layers(skip)))
+    plan = checkpoint.plan
+    if skip is not None:
+        plan = checkpoint.planned(parse_layers(skip))
+    if checkpoint.folder is not None and not any(argument.startswith("--load-format") for argument in vllm_args):
+        checkpoint.check_weights()
+    return {} if skip is None or plan is None else checkpoint.overrides(plan)
 
 
 def check_listening(vllm_args: Sequence[str]) -> None:
