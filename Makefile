@@ -31,7 +31,7 @@ compare: $(READY)  ## Measure the embedded model with 10 of 30 layers skipped be
 	@model=$$($(BIN)/vllm-ext model fetch) && $(BIN)/vllm-ext compare "$$model" --skip 20-29 $(ARGS)
 
 test: lint  ## Lint, check types, run the tests
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(READY)  ## Lint and check types
 	$(BIN)/ruff check .

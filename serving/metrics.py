@@ -4,6 +4,7 @@ vLLM finds the logger through its group `vllm.stat_logger_plugins` and makes one
 answers `/metrics`. A stock model of a known family gets the same rows, so that two dashboards can be laid side by side.
 """
 
+import logging
 from collections import Counter
 from functools import cache
 from typing import Any
@@ -17,6 +18,8 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from model_executors.attention_plan import CONFIG_KEY, KINDS, AttentionPlan
 from model_executors.families import FAMILIES, family_of
 from vllm_ext.footprint import count_parameters, kv_token_bytes
+
+logger = logging.getLogger("vllm.vllm_ext")
 
 LABELS = ("model_name", "engine")
 
@@ -70,7 +73,11 @@ class PlanStatLogger(StatLoggerBase):
 
     def _set_weights(self, plan: AttentionPlan, vllm_config: VllmConfig) -> None:
         config = vllm_config.model_config
-        parameters = count_parameters(config.hf_config, family_of(config.architecture), plan)
+        try:
+            parameters = count_parameters(config.hf_config, family_of(config.architecture), plan)
+        except Exception as error:  # a custom configuration, say: a metric must not keep a server from starting
+            logger.warning("No vllm_ext_weight_bytes on /metrics: %s", error)
+            return
         element_bytes = _dtype(config.dtype).itemsize
         _gauge("vllm_ext_weight_bytes", "Bytes of the weights that are held, over all ranks.").labels(
             **self.labels
