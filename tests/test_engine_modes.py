@@ -39,8 +39,12 @@ def test_chunked_prefill(tiny_models, expected, budget):
         assert_same(answers(llm, prompts()), expected)
 
 
-def test_ngram_speculation(tiny_models):
-    """Prompts that repeat themselves, so that drafts are made, some of them wrong."""
+def test_ngram_speculation(tiny_models, monkeypatch):
+    """Prompts that repeat themselves, so that drafts are made, some of them wrong.
+
+    In a process of its own: the proposer imports numba, and on CPU vLLM 0.32 cannot start another engine beside that.
+    """
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     repeating = [prompt * 6 for prompt in prompts((3, 7, 11))]
     reference = Reference(tiny_models("Llama"), SKIP)
     speculation = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
