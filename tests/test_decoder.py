@@ -53,13 +53,16 @@ def test_skipped_layers_hold_no_cache_and_no_weights(tiny_models, skip):
         names = parameter_names(llm)
         blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
         groups = runner(llm).kv_cache_config.kv_cache_groups
+        memory = llm.llm_engine.vllm_config.cache_config.kv_cache_memory_bytes
 
     attending = [layer for layer in range(NUM_LAYERS) if layer not in skip]
     assert sorted(name for group in groups for name in group.layer_names) == [
         f"model.layers.{layer}.self_attn.attn" for layer in attending
     ]
-    # In the same memory: what L layers fill with so many blocks, L-m fill with L/(L-m) as many, to a block.
-    assert abs(stock_blocks - blocks * len(attending) / NUM_LAYERS) <= 1
+    # Exactly the blocks that fit: L/(L-m) as many as stock's, but that each rounds its own last block down.
+    (spec,) = {group.kv_cache_spec for group in groups}
+    pages = memory // spec.page_size_bytes
+    assert (stock_blocks, blocks) == (pages // NUM_LAYERS, pages // len(attending))
 
     dropped = tuple(f"model.layers.{layer}.{part}." for layer in skip for part in ("self_attn", "input_layernorm"))
     assert names == {name for name in stock_names if not name.startswith(dropped)}

@@ -68,18 +68,20 @@ def test_metrics_say_what_the_plan_saves(url):
     assert float(rows["vllm_ext_weight_dropped_bytes" + labels]) == 3 * 2 * (2 * 576 * 576 + 2 * 576 * 192 + 576)
 
 
-def test_a_planned_checkpoint_is_served_with_nothing_else_said(smollm2, tmp_path):
+def test_a_planned_checkpoint_is_served_with_nothing_else_said(smollm2, client, tmp_path):
     source = Checkpoint.open(str(smollm2), weights=True)
-    write_planned(source, source.planned([28, 29]), tmp_path / "planned")
+    write_planned(source, source.planned([27, 28, 29]), tmp_path / "planned")
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tmp_path / "planned")]
     options = ["--port", str(port), "--host", "127.0.0.1", "--enforce-eager", "--max-model-len", "1024"]
     with running([*command, *options], port) as url:
-        body = QUESTION | {"model": str(tmp_path / "planned")}
+        body = QUESTION | {"model": str(tmp_path / "planned"), "logprobs": True}
         answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()["choices"][0]
         metrics = httpx.get(f"{url}/metrics").text
     assert answer["message"]["content"] == "The capital of France is Paris."
-    assert 'kind="skip"' in metrics
+    assert answer["message"]["content"] == client.chat.completions.create(**QUESTION).choices[0].message.content
+    (skipped,) = [line for line in metrics.splitlines() if "vllm_ext_layers{" in line and 'kind="skip"' in line]
+    assert skipped.endswith(" 3.0")
 
 
 def refused(*arguments) -> str:
@@ -127,6 +129,7 @@ def test_refuses_a_port_in_use(tiny_models):
 def test_passes_on_what_is_refused_while_vllm_is_configured(tiny_models):
     told = ["serve", tiny_models("Llama"), "--skip", "5", "--skip-tokenizer-init", "--port", free_port()]
     assert "--enable-lora: layers 5-5 run on sampled positions only" in refused(*told, "--enable-lora")
+    assert "max_model_len" in refused(*told, "--max-model-len", "4096")
 
 
 def test_compare_prints_and_writes_its_table(smollm2, tmp_path):

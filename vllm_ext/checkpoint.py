@@ -97,15 +97,15 @@ class Checkpoint:
             UsageError: for a plan that does not fit the model.
 
         """
-        if not self.architecture.startswith(ARCHITECTURE_PREFIX):
-            if CONFIG_KEY not in self.config:
-                return None
+        if CONFIG_KEY not in self.config and not self.architecture.startswith(ARCHITECTURE_PREFIX):
+            return None  # of whatever family: vLLM serves it as it is
+        expected = self.family.planned_architecture
+        if self.architecture != expected:
             raise UsageError(
                 f"model {self.name}: {CONFIG} has {CONFIG_KEY!r} but architecture {self.architecture}; "
-                f"set it to {self.family.planned_architecture}"
+                f"set it to {expected}"
             )
         try:
-            family_of(self.architecture)
             return AttentionPlan.from_config(self.config.get(CONFIG_KEY), self.num_layers)
         except ValueError as error:
             raise UsageError(f"model {self.name}: {error}") from error

@@ -23,7 +23,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.errors import UsageError
 from vllm_ext.process import free_port, running
 from vllm_ext.serve import prepare
@@ -88,10 +87,9 @@ def compare(model: str, skip: str, vllm_args: Sequence[str], work: Work, rounds:
         UsageError: for a plan that does not fit, or a server that does not start.
 
     """
-    overrides = prepare(model, skip, vllm_args)
+    checkpoint, overrides = prepare(model, skip, vllm_args)
     if json_file is not None and not json_file.parent.is_dir():
         raise UsageError(f"--json {json_file}: no such folder; create {json_file.parent}")
-    vocab_size = Checkpoint.open(model, weights=False).config["vocab_size"]
     arguments = {"stock": list(vllm_args), "planned": [*vllm_args, "--hf-overrides", json.dumps(overrides)]}
     figures = {name: Figures() for name in arguments}
     metrics: dict[str, float] = {}
@@ -104,7 +102,7 @@ def compare(model: str, skip: str, vllm_args: Sequence[str], work: Work, rounds:
                 port = free_port()
                 with running(_command(model, arguments[name], port), port) as url:
                     progress.advance(task)
-                    client = Client(url, vocab_size, random.Random(turn))
+                    client = Client(url, checkpoint.config["vocab_size"], random.Random(turn))
                     scraped = scrape(url)
                     figures[name].kv_capacity_tokens.append(scraped["kv_capacity_tokens"])
                     if name == "planned":

@@ -19,6 +19,8 @@ from vllm_ext.errors import UsageError
 START_SECONDS = 600
 STOP_SECONDS = 30
 LOG_LINES = 30
+# An exception as Python or vLLM's logger ends a traceback with it; not one that a warning merely speaks of.
+RAISED = re.compile(r"(?:^|\] )(\w+Error: .*)")
 
 
 def free_port() -> int:
@@ -64,5 +66,5 @@ def _wait(server: subprocess.Popen[bytes], url: str, log: Any) -> None:
     lines = [line for line in log.read().splitlines() if line.strip()]
     Console(stderr=True, highlight=False).print("\n".join(lines[-LOG_LINES:]), markup=False)
     why = f"not in {START_SECONDS} s" if server.returncode is None else f"it exited with code {server.returncode}"
-    cause = next((f" ({match[0]})" for line in lines if (match := re.search(r"\b\w+Error: .*", line))), "")
+    cause = next((f" ({match[1]})" for line in lines if (match := RAISED.search(line))), "")
     raise UsageError(f"the server did not start: {why}{cause}; the end of its log is above")

@@ -26,7 +26,7 @@ def serve(model: str, skip: str | None, vllm_args: Sequence[str]) -> None:
         UsageError: for whatever a user can mend; what vLLM itself refuses included.
 
     """
-    overrides = prepare(model, skip, vllm_args)
+    _, overrides = prepare(model, skip, vllm_args)
     check_listening(vllm_args)
     if problem := vllm_problem():
         raise UsageError(problem)
@@ -56,20 +56,18 @@ def serve(model: str, skip: str | None, vllm_args: Sequence[str]) -> None:
         raise UsageError(one_line(error)) from error
 
 
-def prepare(model: str, skip: str | None, vllm_args: Sequence[str]) -> dict[str, Any]:
-    """Check the model and the plan; returns what to override in its configuration, nothing where it is planned.
+def prepare(model: str, skip: str | None, vllm_args: Sequence[str]) -> tuple[Checkpoint, dict[str, Any]]:
+    """Check the model and the plan; returns it, and what to override in its configuration: nothing without `skip`.
 
     Raises:
         UsageError: for a missing or damaged checkpoint, or a plan that does not fit.
 
     """
     checkpoint = Checkpoint.open(model, weights=False)
-    plan = checkpoint.plan
-    if skip is not None:
-        plan = checkpoint.planned(parse_layers(skip))
+    plan = checkpoint.plan if skip is None else checkpoint.planned(parse_layers(skip))
     if checkpoint.folder is not None and not any(argument.startswith("--load-format") for argument in vllm_args):
         checkpoint.check_weights()
-    return {} if skip is None or plan is None else checkpoint.overrides(plan)
+    return checkpoint, {} if skip is None or plan is None else checkpoint.overrides(plan)
 
 
 def check_listening(vllm_args: Sequence[str]) -> None:
