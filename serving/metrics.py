@@ -17,7 +17,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 from model_executors.attention_plan import CONFIG_KEY, KINDS, AttentionPlan
 from model_executors.families import FAMILIES, family_of
-from vllm_ext.footprint import count_parameters, kv_token_bytes
+from vllm_ext.footprint import count_parameters, kv_bytes
 
 logger = logging.getLogger("vllm.vllm_ext")
 
@@ -41,7 +41,7 @@ class PlanStatLogger(StatLoggerBase):
         config = vllm_config.model_config
         architecture = config.architecture
         if architecture in FAMILIES:
-            plan = AttentionPlan.skipping([], config.hf_config.num_hidden_layers)
+            plan = AttentionPlan.of(config.hf_config.num_hidden_layers)
         elif hasattr(config.hf_config, CONFIG_KEY):
             plan = AttentionPlan.from_hf_config(config.hf_config)
         else:
@@ -54,7 +54,7 @@ class PlanStatLogger(StatLoggerBase):
 
     def _set_layers(self, plan: AttentionPlan) -> None:
         gauge = _gauge("vllm_ext_layers", "Decoder layers by the kind of attention that the plan gives them.", "kind")
-        counts = Counter(plan.kinds)
+        counts = Counter(layer.kind for layer in plan.layers)
         for kind in KINDS:
             gauge.labels(**self.labels, kind=kind).set(counts[kind])
 
@@ -63,13 +63,25 @@ class PlanStatLogger(StatLoggerBase):
         cache_dtype = vllm_config.cache_config.cache_dtype
         dtype = _dtype(config.dtype if cache_dtype == "auto" else cache_dtype)
         shape = (config.get_total_num_kv_heads(), config.get_head_size(), dtype.itemsize)
-        stock = AttentionPlan.skipping([], len(plan.kinds))
-        _gauge(
-            "vllm_ext_kv_cache_token_bytes", "KV-cache bytes that one token takes, over all layers and ranks."
-        ).labels(**self.labels).set(kv_token_bytes(plan, *shape))
-        _gauge(
-            "vllm_ext_stock_kv_cache_token_bytes", "What one token would take with attention in every layer."
-        ).labels(**self.labels).set(kv_token_bytes(stock, *shape))
+        held, stock = kv_bytes(plan, *shape), kv_bytes(AttentionPlan.of(len(plan.layers)), *shape)
+        for name, documentation, value in (
+            (
+                "vllm_ext_kv_cache_token_bytes",
+                "KV-cache bytes that one token takes, over all ranks and the layers that hold every token.",
+                held.token,
+            ),
+            (
+                "vllm_ext_kv_cache_window_bytes",
+                "KV-cache bytes that one long request takes, over all ranks and the layers that hold a window.",
+                held.window,
+            ),
+            (
+                "vllm_ext_stock_kv_cache_token_bytes",
+                "What one token would take with full attention in every layer.",
+                stock.token,
+            ),
+        ):
+            _gauge(name, documentation).labels(**self.labels).set(value)
 
     def _set_weights(self, plan: AttentionPlan, vllm_config: VllmConfig) -> None:
         config = vllm_config.model_config
@@ -79,9 +91,12 @@ class PlanStatLogger(StatLoggerBase):
             logger.warning("No vllm_ext_weight_bytes on /metrics: %s", error)
             return
         element_bytes = _dtype(config.dtype).itemsize
-        _gauge("vllm_ext_weight_bytes", "Bytes of the weights that are held, over all ranks.").labels(
+        _gauge("vllm_ext_weight_bytes", "Bytes of the checkpoint's weights that are held, over all ranks.").labels(
             **self.labels
         ).set(parameters.held * element_bytes)
+        _gauge("vllm_ext_weight_fitted_bytes", "Bytes of the weights that the plan adds, over all ranks.").labels(
+            **self.labels
+        ).set(parameters.fitted * element_bytes)
         _gauge(
             "vllm_ext_weight_dropped_bytes", "Bytes of the weights that the plan leaves out, over all ranks."
         ).labels(**self.labels).set(parameters.dropped * element_bytes)

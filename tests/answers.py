@@ -7,14 +7,19 @@ import pytest
 
 @dataclass(frozen=True)
 class Answer:
-    """A greedy answer, and the log-probability of each prompt token after the first."""
+    """A greedy answer with its tokens' log-probabilities, and those of each prompt token after the first."""
 
     tokens: list[int]
+    logprobs: list[float]
     prompt_logprobs: list[float]
 
 
-def assert_same(ours: list[Answer], theirs: list[Answer], tolerance: float = 2e-4) -> None:
+def assert_same(
+    ours: list[Answer], theirs: list[Answer], tolerance: float = 2e-4, *, prompt_logprobs: bool = True
+) -> None:
     """The same tokens, and log-probabilities within float32's reach."""
     for one, other in zip(ours, theirs, strict=True):
         assert one.tokens == other.tokens
-        assert one.prompt_logprobs == pytest.approx(other.prompt_logprobs, abs=tolerance)
+        assert one.logprobs == pytest.approx(other.logprobs, abs=tolerance)
+        if prompt_logprobs:
+            assert one.prompt_logprobs == pytest.approx(other.prompt_logprobs, abs=tolerance)

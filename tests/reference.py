@@ -1,39 +1,134 @@
-"""The slow, obvious version: transformers, one whole forward pass a token, and skipped attentions that add zero."""
+"""The slow, obvious version: transformers, one whole forward pass a token, every attention written out in full."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+from transformers.masking_utils import eager_mask
 
+from model_executors.attention_plan import FULL, LayerPlan, tensor_name
+from model_executors.families import family_of
 from tests.answers import Answer
 
 
-class NoAttention(nn.Module):
-    """Adds nothing to the stream, whatever norms stand around it."""
-
-    def forward(self, hidden_states: torch.Tensor, **kwargs):
-        return torch.zeros_like(hidden_states), None
-
-
 class Reference:
-    """A model with some layers' attention taken out."""
+    """A model with some layers planned; `folder` may hold their fitted tensors."""
 
-    def __init__(self, folder: Path, skip: list[int]) -> None:
+    def __init__(self, folder: Path, changes: Mapping[int, LayerPlan]) -> None:
+        name = f"written_out_{id(self)}"
+        AttentionInterface.register(name, self.attend)
+        AttentionMaskInterface.register(name, eager_mask)
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-        for layer in skip:
-            self.model.model.layers[layer].self_attn = NoAttention()
+        self.model.set_attn_implementation(name)
+        self.changes = changes
+        fitted = folder / "vllm_ext.safetensors"
+        self.fitted = load_file(fitted) if fitted.exists() else {}
+        self.layers = self.model.model.layers
+        self.family = family_of(self.model.config.architectures[0])
+        self.prompt_length = 0
+        self.frozen: torch.Tensor | None = None  # the state that enters the first frozen layer
+        self.frozen_kv: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.collecting = False
+        for number, plan in changes.items():
+            attention = getattr(self.layers[number], self.family.attention)
+            if plan.kind == "skip":
+                setattr(self.layers[number], self.family.attention, Skipped(self, number, plan))
+            elif plan.kind == "freeze":
+                setattr(self.layers[number], self.family.attention, Frozen(self, number, attention))
+        frozen = [number for number, plan in changes.items() if plan.kind == "freeze"]
+        if frozen:
+            self.layers[min(frozen)].register_forward_pre_hook(self._keep_frozen_state)
+
+    def tensor(self, layer: int, name: str) -> torch.Tensor:
+        return self.fitted[tensor_name(layer, name)].float()
+
+    def _keep_frozen_state(self, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        self.frozen = inputs[0]
+
+    def attend(self, module, query, key, value, attention_mask, scaling, softcap=None, **unused):
+        """Attention over `[1, heads, tokens, head_size]`, every score written out."""
+        if self.collecting:
+            self.frozen_kv = key, value
+        elif self.frozen_kv is not None:
+            prompt = self.prompt_length
+            key, value = (
+                torch.cat([frozen[:, :, :prompt], own[:, :, prompt:]], 2)
+                for frozen, own in zip(self.frozen_kv, (key, value), strict=True)
+            )
+        heads, tokens = query.shape[1], query.shape[2]
+        key, value = (each.repeat_interleave(heads // each.shape[1], 1) for each in (key, value))
+        scores = query @ key.transpose(2, 3) * scaling
+        if softcap is not None:
+            scores = (scores / softcap).tanh() * softcap
+        if attention_mask is not None:
+            scores = scores + attention_mask
+        window = self.changes.get(module.layer_idx, FULL).window
+        if window is None:
+            return (scores.softmax(-1) @ value).transpose(1, 2), None
+        behind = torch.arange(tokens)[:, None] - torch.arange(tokens)[None, :]
+        scores = scores.masked_fill(behind >= window, -torch.inf)
+        sink = self.tensor(module.layer_idx, "sink_logit")[None, :, None, None].expand(1, heads, tokens, 1)
+        weights = torch.cat([scores, sink], -1).softmax(-1)
+        sink_value = self.tensor(module.layer_idx, "sink_value")
+        sink_value = sink_value.repeat_interleave(heads // sink_value.shape[0], 0)[None, :, None, :]
+        return (weights[..., :-1] @ value + weights[..., -1:] * sink_value).transpose(1, 2), None
 
     @torch.no_grad()
     def answer(self, prompt: list[int], max_tokens: int) -> Answer:
         """The greedy answer, and the log-probability of each prompt token after the first."""
+        self.prompt_length = len(prompt)
         tokens = list(prompt)
         logprobs = self.logprobs(tokens)
         prompt_logprobs = [logprobs[i, token].item() for i, token in enumerate(prompt[1:])]
+        chosen = []
         for _ in range(max_tokens):
-            tokens.append(int(self.logprobs(tokens)[-1].argmax()))
-        return Answer(tokens[len(prompt) :], prompt_logprobs)
+            best = self.logprobs(tokens)[-1].max(-1)
+            tokens.append(int(best.indices))
+            chosen.append(best.values.item())
+        return Answer(tokens[len(prompt) :], chosen, prompt_logprobs)
 
     def logprobs(self, tokens: list[int]) -> torch.Tensor:
-        """`[num_tokens, vocab_size]`."""
+        """`[num_tokens, vocab_size]`; where layers are frozen, only those from the prompt's last on mean anything."""
         return self.model(torch.tensor([tokens]), use_cache=False).logits[0].float().log_softmax(-1)
+
+
+class Skipped(nn.Module):
+    """Adds what the plan puts in place of attention, whatever norms stand around it."""
+
+    def __init__(self, reference: Reference, number: int, plan: LayerPlan) -> None:
+        super().__init__()
+        self.number, self.plan = number, plan
+        self.tensor = reference.tensor
+
+    def forward(self, hidden_states: torch.Tensor, **unused):
+        if self.plan.consolidation == "none":
+            return torch.zeros_like(hidden_states), None
+        bias = self.tensor(self.number, "bias")
+        if self.plan.consolidation == "bias":
+            return bias.expand_as(hidden_states), None
+        if self.plan.rank is None:
+            return hidden_states @ self.tensor(self.number, "weight").T + bias, None
+        return hidden_states @ self.tensor(self.number, "down").T @ self.tensor(self.number, "up").T + bias, None
+
+
+class Frozen(nn.Module):
+    """Attention whose K and V of prompt tokens come from the state that enters the first frozen layer."""
+
+    def __init__(self, reference: Reference, number: int, stock: nn.Module) -> None:
+        super().__init__()
+        self.stock, self.number = stock, number
+        self.reference = (reference,)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs):
+        (reference,) = self.reference
+        norm = reference.family.input_norm
+        frozen = reference.frozen if norm is None else getattr(reference.layers[self.number], norm)(reference.frozen)
+        reference.collecting = True
+        self.stock(hidden_states=frozen, **kwargs)
+        reference.collecting = False
+        output = self.stock(hidden_states=hidden_states, **kwargs)
+        reference.frozen_kv = None
+        return output

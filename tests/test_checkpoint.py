@@ -4,12 +4,41 @@ import json
 import shutil
 
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from model_executors.attention_plan import LayerPlan
 from tests.tiny import NUM_LAYERS
-from vllm_ext.checkpoint import INDEX, Checkpoint, complete_folder, write_planned
+from vllm_ext.checkpoint import FITTED, INDEX, Checkpoint, complete_folder, write_planned
 from vllm_ext.errors import UsageError
+from vllm_ext.fit import Fit
+
+SKIP = LayerPlan("skip")
+CHANGES = {
+    1: LayerPlan("window", window=16),
+    2: LayerPlan("freeze", window=16),
+    3: LayerPlan("freeze"),
+    4: LayerPlan("skip", consolidation="linear", rank=8),
+    5: LayerPlan("skip", consolidation="bias"),
+}
+
+
+def made_up_fit():
+    """What `CHANGES` needs on the tiny Llama."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {
+        "1.sink_logit": (4,),
+        "1.sink_value": (2, 32),
+        "2.sink_logit": (4,),
+        "2.sink_value": (2, 32),
+        "4.down": (8, 128),
+        "4.up": (128, 8),
+        "4.bias": (128,),
+        "5.bias": (128,),
+    }
+    tensors = {f"vllm_ext.layers.{name}": torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return Fit(tensors, {"text": {"name": "made up"}, "seed": 0})
 
 
 @pytest.fixture
@@ -55,12 +84,12 @@ def test_a_planned_checkpoint_leaves_out_the_skipped_attention_only(llama, tmp_p
     if sharded:
         shard(llama)
     source = opened(llama)
-    write_planned(source, source.planned([1, 5]), tmp_path / "out")
+    write_planned(source, source.planned({1: SKIP, 5: SKIP}), tmp_path / "out")
 
-    gone = tuple(f"model.layers.{layer}.{part}." for layer in (1, 5) for part in ("self_attn", "input_layernorm"))
+    gone = ("model.layers.1.self_attn.", "model.layers.5.self_attn.")
     kept = written_tensors(tmp_path / "out")
     assert set(kept) == {name for name in stock if not name.startswith(gone)}
-    assert len(kept) == len(stock) - 2 * 5
+    assert len(kept) == len(stock) - 2 * 4
     assert all(tensor.equal(stock[name]) for name, tensor in kept.items())
     if sharded:
         index = json.loads((tmp_path / "out" / INDEX).read_text())
@@ -71,13 +100,71 @@ def test_a_planned_checkpoint_leaves_out_the_skipped_attention_only(llama, tmp_p
 
 def test_a_planned_checkpoint_says_so_in_its_configuration(llama, tmp_path):
     source = opened(llama)
-    plan = source.planned([4, 5])
+    plan = source.planned({4: SKIP, 5: SKIP})
     write_planned(source, plan, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["architectures"] == ["AttentionPlanLlamaForCausalLM"]
-    assert config["vllm_ext"]["tensors_left_out"] == 10
+    assert config["vllm_ext"]["tensors_left_out"] == 8
+    assert "fit" not in config["vllm_ext"]
     assert opened(tmp_path / "out").plan == plan
     assert (tmp_path / "out" / "generation_config.json").exists()
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["one file", "shards"])
+def test_a_planned_checkpoint_holds_what_was_fitted_and_on_what(llama, tmp_path, sharded):
+    stock = load_file(llama / "model.safetensors")
+    if sharded:
+        shard(llama)
+    source, fit = opened(llama), made_up_fit()
+    plan = source.planned(CHANGES)
+    write_planned(source, plan, tmp_path / "out", fit)
+
+    gone = ("model.layers.4.self_attn.", "model.layers.5.self_attn.")
+    kept = written_tensors(tmp_path / "out")
+    assert set(kept) == {name for name in stock if not name.startswith(gone)} | set(fit.tensors)
+    assert all(kept[name].equal(tensor) for name, tensor in fit.tensors.items())
+    assert set(load_file(tmp_path / "out" / FITTED)) == set(fit.tensors)
+    if sharded:
+        assert set(json.loads((tmp_path / "out" / INDEX).read_text())["weight_map"]) == set(kept)
+    section = json.loads((tmp_path / "out" / "config.json").read_text())["vllm_ext"]
+    assert section["fit"] == fit.provenance
+    assert section["tensors_left_out"] == 8
+    written = opened(tmp_path / "out")
+    written.check_weights()
+    assert written.plan == plan
+
+
+def test_refuses_a_planned_checkpoint_without_its_fitted_tensors(llama, tmp_path):
+    source = opened(llama)
+    write_planned(source, source.planned(CHANGES), tmp_path / "out", made_up_fit())
+    (tmp_path / "out" / FITTED).unlink()
+    with pytest.raises(UsageError, match=r"no tensor vllm_ext\.layers\.1\.sink_logit, which its plan needs; plan it"):
+        opened(tmp_path / "out").check_weights()
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("1.sink_logit", (2,), r"1\.sink_logit is \[2\], but the plan needs \[4\]"),
+        ("2.sink_value", (2, 64), r"2\.sink_value is \[2, 64\], but the plan needs \[2, 32\]"),
+        ("4.up", (128, 16), r"4\.up is \[128, 16\], but the plan needs \[128, 8\]"),
+        ("5.bias", (1, 128), r"5\.bias is \[1, 128\], but the plan needs \[128\]"),
+    ],
+)
+def test_refuses_fitted_tensors_of_another_shape(llama, tmp_path, name, shape, message):
+    fit = made_up_fit()
+    fit.tensors[f"vllm_ext.layers.{name}"] = torch.zeros(shape)
+    source = opened(llama)
+    write_planned(source, source.planned(CHANGES), tmp_path / "out", fit)
+    with pytest.raises(UsageError, match=message):
+        opened(tmp_path / "out").check_weights()
+
+
+def test_what_must_be_fitted_cannot_be_laid_over_a_stock_checkpoint(llama):
+    source = opened(llama)
+    assert source.overrides(source.planned({5: SKIP}))["architectures"] == ["AttentionPlanLlamaForCausalLM"]
+    with pytest.raises(UsageError, match="layer 1 needs tensors fitted on text; write a checkpoint with vllm-ext plan"):
+        source.overrides(source.planned(CHANGES))
 
 
 def test_a_stock_checkpoint_has_no_plan(llama):
@@ -95,14 +182,14 @@ def test_refuses_a_folder_that_exists(llama, tmp_path):
     (tmp_path / "out").mkdir()
     source = opened(llama)
     with pytest.raises(UsageError, match="exists already; choose another folder"):
-        write_planned(source, source.planned([5]), tmp_path / "out")
+        write_planned(source, source.planned({5: SKIP}), tmp_path / "out")
 
 
 def test_refuses_to_plan_a_planned_checkpoint(llama, tmp_path):
     source = opened(llama)
-    write_planned(source, source.planned([5]), tmp_path / "out")
+    write_planned(source, source.planned({5: SKIP}), tmp_path / "out")
     with pytest.raises(UsageError, match="has an attention plan already"):
-        opened(tmp_path / "out").planned([4])
+        opened(tmp_path / "out").planned({4: SKIP})
 
 
 @pytest.mark.parametrize(
@@ -111,7 +198,7 @@ def test_refuses_to_plan_a_planned_checkpoint(llama, tmp_path):
 )
 def test_refuses_layers_that_cannot_be_skipped(llama, skip, message):
     with pytest.raises(UsageError, match=message):
-        opened(llama).planned(list(skip))
+        opened(llama).planned(dict.fromkeys(skip, SKIP))
 
 
 def test_refuses_a_model_that_is_nowhere(tmp_path):
@@ -135,7 +222,14 @@ def test_refuses_a_configuration_that_is_no_json(llama):
 def test_refuses_a_family_without_a_row(llama):
     change_config(llama, architectures=["BertModel"])
     with pytest.raises(UsageError, match="BertModel has no attention plan; use one of"):
-        opened(llama).planned([1])
+        opened(llama).planned({1: SKIP})
+
+
+@pytest.mark.parametrize("plan", [CHANGES[1], CHANGES[2]], ids=["window", "freeze"])
+def test_refuses_a_kind_that_the_family_cannot_be(llama, plan):
+    change_config(llama, architectures=["Llama4ForCausalLM"])
+    with pytest.raises(UsageError, match=f"layer 1 cannot be {plan.kind} in Llama4ForCausalLM; use one of full, sk"):
+        opened(llama).planned({1: plan})
 
 
 def test_refuses_a_plan_for_another_depth(llama):

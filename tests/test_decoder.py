@@ -4,7 +4,7 @@ import pytest
 
 from model_executors.families import FAMILIES
 from tests.answers import assert_same
-from tests.engines import NEW_TOKENS, answers, engine, runner
+from tests.engines import NEW_TOKENS, answers, engine, runner, skipping
 from tests.reference import Reference
 from tests.tiny import CONFIGS, NUM_LAYERS, prompts
 
@@ -24,32 +24,32 @@ def test_every_family_has_a_tiny_model():
 @pytest.mark.parametrize("family", CONFIGS)
 def test_equals_the_reference(tiny_models, family, skip):
     folder = tiny_models(family)
-    reference = Reference(folder, skip)
-    with engine(folder, skip) as llm:
+    reference = Reference(folder, skipping(skip))
+    with engine(folder, skipping(skip)) as llm:
         assert_same(answers(llm, prompts()), [reference.answer(prompt, NEW_TOKENS) for prompt in prompts()])
 
 
 @pytest.mark.parametrize("skip", [[4, 5], [1, 3]], ids=["top", "middle"])
 def test_compiled_equals_the_reference(tiny_models, skip):
     folder = tiny_models("Llama")
-    reference = Reference(folder, skip)
-    with engine(folder, skip, enforce_eager=False) as llm:
+    reference = Reference(folder, skipping(skip))
+    with engine(folder, skipping(skip), enforce_eager=False) as llm:
         assert_same(answers(llm, prompts()), [reference.answer(prompt, NEW_TOKENS) for prompt in prompts()])
 
 
 def test_skipping_no_layer_is_stock_vllm(tiny_models):
-    with engine(tiny_models("Llama"), None) as llm:
+    with engine(tiny_models("Llama")) as llm:
         stock = answers(llm, prompts())
-    with engine(tiny_models("Llama"), []) as llm:
+    with engine(tiny_models("Llama"), {}) as llm:
         assert answers(llm, prompts()) == stock
 
 
 @pytest.mark.parametrize("skip", [[4, 5], [1, 3], [1, 2, 3, 4, 5]], ids=["top", "middle", "all but the first"])
 def test_skipped_layers_hold_no_cache_and_no_weights(tiny_models, skip):
-    with engine(tiny_models("Llama"), None) as llm:
+    with engine(tiny_models("Llama")) as llm:
         stock_names = parameter_names(llm)
         stock_blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
-    with engine(tiny_models("Llama"), skip) as llm:
+    with engine(tiny_models("Llama"), skipping(skip)) as llm:
         names = parameter_names(llm)
         blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
         groups = runner(llm).kv_cache_config.kv_cache_groups
@@ -64,9 +64,9 @@ def test_skipped_layers_hold_no_cache_and_no_weights(tiny_models, skip):
     pages = memory // spec.page_size_bytes
     assert (stock_blocks, blocks) == (pages // NUM_LAYERS, pages // len(attending))
 
-    dropped = tuple(f"model.layers.{layer}.{part}." for layer in skip for part in ("self_attn", "input_layernorm"))
+    dropped = tuple(f"model.layers.{layer}.self_attn." for layer in skip)
     assert names == {name for name in stock_names if not name.startswith(dropped)}
-    assert len(stock_names) - len(names) == 3 * len(skip)
+    assert len(stock_names) - len(names) == 2 * len(skip)
 
 
 def parameter_names(llm):
@@ -75,7 +75,7 @@ def parameter_names(llm):
 
 def test_prompt_tokens_do_not_enter_the_tail(tiny_models):
     """Of a prompt of 100 tokens one is sampled, and each further step samples one."""
-    with engine(tiny_models("Llama"), [4, 5]) as llm:
+    with engine(tiny_models("Llama"), skipping([4, 5])) as llm:
         rows = []
         tail_layer = runner(llm).model.model.layers[5].mlp
         tail_layer.register_forward_hook(lambda _module, inputs, _output: rows.append(inputs[0].shape[0]))

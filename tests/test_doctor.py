@@ -18,7 +18,7 @@ def test_finds_all_well_here():
     done = examine()
     assert done.returncode == 0, done.stdout + done.stderr
     assert "✗" not in done.stdout
-    for subject in ("vllm", "torch", "kinds", "full, skip", *FAMILIES):
+    for subject in ("vllm", "torch", "full, window, freeze, skip", *FAMILIES):
         assert subject in done.stdout
 
 

@@ -5,11 +5,13 @@ import shutil
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 from openai import OpenAI
 
+from model_executors.attention_plan import LayerPlan
 from vllm_ext.checkpoint import Checkpoint, write_planned
 from vllm_ext.process import free_port, running
 
@@ -64,13 +66,13 @@ def test_metrics_say_what_the_plan_saves(url):
     assert float(rows['vllm_ext_layers{engine="0",kind="skip",model_name="SmolLM2"}']) == 3
     assert float(rows["vllm_ext_kv_cache_token_bytes" + labels]) == 27 * 2 * 3 * 64 * 2
     assert float(rows["vllm_ext_stock_kv_cache_token_bytes" + labels]) == 30 * 2 * 3 * 64 * 2
-    # In each layer: Q and O of 576 x 576, K and V of 576 x 192, and the norm's 576, in bfloat16.
-    assert float(rows["vllm_ext_weight_dropped_bytes" + labels]) == 3 * 2 * (2 * 576 * 576 + 2 * 576 * 192 + 576)
+    # In each layer: Q and O of 576 x 576, K and V of 576 x 192, in bfloat16.
+    assert float(rows["vllm_ext_weight_dropped_bytes" + labels]) == 3 * 2 * (2 * 576 * 576 + 2 * 576 * 192)
 
 
 def test_a_planned_checkpoint_is_served_with_nothing_else_said(smollm2, client, tmp_path):
     source = Checkpoint.open(str(smollm2), weights=True)
-    write_planned(source, source.planned([27, 28, 29]), tmp_path / "planned")
+    write_planned(source, source.planned(dict.fromkeys([27, 28, 29], LayerPlan("skip"))), tmp_path / "planned")
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tmp_path / "planned")]
     options = ["--port", str(port), "--host", "127.0.0.1", "--enforce-eager", "--max-model-len", "1024"]
@@ -82,6 +84,28 @@ def test_a_planned_checkpoint_is_served_with_nothing_else_said(smollm2, client, 
     assert answer["message"]["content"] == client.chat.completions.create(**QUESTION).choices[0].message.content
     (skipped,) = [line for line in metrics.splitlines() if "vllm_ext_layers{" in line and 'kind="skip"' in line]
     assert skipped.endswith(" 3.0")
+
+
+def test_data_parallel(smollm2, monkeypatch):
+    """Two engines, a core each, behind one address: each answers, and both as one alone does."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    port = free_port()
+    options = ["--port", str(port), "--served-model-name", "SmolLM2", "--enforce-eager", "--max-model-len", "1024"]
+    command = [*COMMAND, "serve", str(smollm2), "--skip", "27-29", *options, "--data-parallel-size", "2"]
+    with running(command, port) as url:
+        with ThreadPoolExecutor(4) as pool:
+            asked = [
+                pool.submit(httpx.post, f"{url}/v1/chat/completions", json=QUESTION, timeout=120) for _ in range(4)
+            ]
+            given = [answer.result().json()["choices"][0]["message"]["content"] for answer in asked]
+        metrics = httpx.get(f"{url}/metrics").text
+    assert given == ["The capital of France is Paris."] * 4
+    finished = [
+        line for line in metrics.splitlines() if line.startswith("vllm:request_success_total") and "stop" in line
+    ]
+    assert [float(line.rsplit(" ", 1)[1]) > 0 for line in finished] == [True, True]
+    skipped = [line for line in metrics.splitlines() if "vllm_ext_layers{" in line and 'kind="skip"' in line]
+    assert [line.rsplit(" ", 1)[1] for line in skipped] == ["3.0", "3.0"]
 
 
 def refused(*arguments) -> str:
@@ -128,7 +152,7 @@ def test_refuses_a_port_in_use(tiny_models):
 
 def test_passes_on_what_is_refused_while_vllm_is_configured(tiny_models):
     told = ["serve", tiny_models("Llama"), "--skip", "5", "--skip-tokenizer-init", "--port", free_port()]
-    assert "--enable-lora: layers 5-5 run on sampled positions only" in refused(*told, "--enable-lora")
+    assert "weight offloading does not work with an attention plan" in refused(*told, "--cpu-offload-gb", "1")
     assert "max_model_len" in refused(*told, "--max-model-len", "4096")
 
 
@@ -141,9 +165,9 @@ def test_compare_prints_and_writes_its_table(smollm2, tmp_path):
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "figures.json").read_text())
     rows = report["rows"]
-    assert len(rows) == 7
+    assert len(rows) == 8
     assert rows["kv_bytes_per_token"] == {"stock": 23040, "planned": 15360, "ratio": pytest.approx(2 / 3)}
-    assert rows["weight_bytes"]["stock"] - rows["weight_bytes"]["planned"] == 10 * 2 * (2 * 576 * 768 + 576)
+    assert rows["weight_bytes"]["stock"] - rows["weight_bytes"]["planned"] == 10 * 2 * 2 * 576 * 768
     blocks = {name: capacity / 128 for name, capacity in rows["kv_capacity_tokens"].items() if name != "ratio"}
     assert abs(blocks["planned"] - 1.5 * blocks["stock"]) <= 1
     assert all(row["stock"] > 0 and row["planned"] > 0 for row in rows.values())

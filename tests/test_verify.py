@@ -3,23 +3,31 @@
 import pytest
 from vllm import EngineArgs
 
-from tests.engines import engine
+from model_executors.attention_plan import LayerPlan
+from tests.engines import engine, skipping
 from vllm_ext.checkpoint import Checkpoint
 
+FREEZE = LayerPlan("freeze")
 
-def configure(folder, skip, **settings):
-    checkpoint = Checkpoint.open(str(folder), weights=False)
-    overrides = checkpoint.overrides(checkpoint.planned(skip)) | settings.pop("hf_overrides", {})
+
+def configure(folder, changes, **settings):
+    overrides = overriding(folder, changes) | settings.pop("hf_overrides", {})
     return EngineArgs(
         str(folder), dtype="float32", max_model_len=256, skip_tokenizer_init=True, hf_overrides=overrides, **settings
     ).create_engine_config()
 
 
+def overriding(folder, changes):
+    """Fitted tensors are not asked for yet, so that any plan can be laid over a stock checkpoint."""
+    checkpoint = Checkpoint.open(str(folder), weights=False)
+    plan = checkpoint.planned(changes)
+    return {"architectures": [checkpoint.family.planned_architecture], "vllm_ext": plan.to_config()}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"enable_lora": True}, "--enable-lora: layers 4-5 run on sampled positions only"),
-        ({"runner": "pooling"}, "--runner pooling: layers 4-5 run on sampled positions only"),
+        ({"runner": "pooling"}, "--runner pooling: layers 4-5 do not run for every position"),
         ({"cpu_offload_gb": 1}, "weight offloading does not work with an attention plan"),
         ({"hf_overrides": {"vllm_ext": {"attention_plan": ["full"] * 5}}}, "for 5 layers but the model has 6"),
         ({"hf_overrides": {"vllm_ext": {"attention_plan": ["skip"] * 6}}}, "skips all 6 layers"),
@@ -29,26 +37,51 @@ def configure(folder, skip, **settings):
 )
 def test_refuses(tiny_models, settings, message):
     with pytest.raises(ValueError, match=message):
-        configure(tiny_models("Llama"), [4, 5], **settings)
+        configure(tiny_models("Llama"), skipping([4, 5]), **settings)
 
 
 def test_refuses_speculation_that_reads_hidden_states(tiny_models):
     speculation = {"method": "extract_hidden_states", "num_speculative_tokens": 1}
-    with pytest.raises(ValueError, match="speculative method 'extract_hidden_states': layers 4-5 run on sampled"):
-        configure(tiny_models("Llama"), [4, 5], speculative_config=speculation)
+    with pytest.raises(ValueError, match="speculative method 'extract_hidden_states': layers 4-5 do not run"):
+        configure(tiny_models("Llama"), skipping([4, 5]), speculative_config=speculation)
 
 
 def test_refuses_a_pipeline_rank_without_attention(tiny_models):
     with pytest.raises(ValueError, match="rank 1 has layers 3-5, all of them skipped"):
-        configure(tiny_models("Llama"), [3, 4, 5], pipeline_parallel_size=2)
+        configure(tiny_models("Llama"), skipping([3, 4, 5]), pipeline_parallel_size=2)
 
 
-@pytest.mark.parametrize("settings", [{"enable_lora": True}, {"runner": "pooling"}], ids=["lora", "pooling"])
-def test_allows_what_needs_all_positions_where_there_is_no_tail(tiny_models, settings):
-    assert configure(tiny_models("Llama"), [1, 3], **settings)
+@pytest.mark.parametrize(
+    ("changes", "settings", "message"),
+    [
+        (
+            {2: FREEZE, 3: FREEZE, 4: FREEZE, 5: FREEZE},
+            {"pipeline_parallel_size": 2},
+            "must be on the last rank",
+        ),
+        ({4: FREEZE, 5: FREEZE}, {"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "a scheduler of their"),
+        ({5: LayerPlan("skip", consolidation="linear", rank=7)}, {"tensor_parallel_size": 2}, "rank 7 cannot be split"),
+    ],
+    ids=["pipeline", "scheduler", "rank"],
+)
+def test_refuses_what_a_kind_cannot_do(tiny_models, changes, settings, message):
+    with pytest.raises(ValueError, match=message):
+        configure(tiny_models("Llama"), changes, **settings)
+
+
+def test_refuses_a_window_where_the_model_has_one(tiny_models):
+    with pytest.raises(ValueError, match="window 8 on layer 2: the model gives that layer a sliding window of 16"):
+        configure(tiny_models("Gemma2"), {2: LayerPlan("window", 8)})
+
+
+def test_allows_what_needs_all_positions_where_there_is_no_tail(tiny_models):
+    assert configure(tiny_models("Llama"), skipping([1, 3]), runner="pooling")
 
 
 def test_the_engine_refuses_too(tiny_models):
     """Whatever way vLLM is started, the same check is on its road."""
-    with pytest.raises(ValueError, match="--enable-lora"), engine(tiny_models("Llama"), [5], enable_lora=True):
+    with (
+        pytest.raises(ValueError, match="weight offloading"),
+        engine(tiny_models("Llama"), skipping([5]), cpu_offload_gb=1),
+    ):
         pass

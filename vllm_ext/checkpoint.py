@@ -4,20 +4,24 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from model_executors.attention_plan import ARCHITECTURE_PREFIX, CONFIG_KEY, AttentionPlan
+from model_executors.attention_plan import ARCHITECTURE_PREFIX, CONFIG_KEY, AttentionPlan, LayerPlan, tensor_name
 from model_executors.families import Family, family_of
 from vllm_ext.errors import UsageError
 
+if TYPE_CHECKING:  # it needs torch, which takes seconds to load
+    from vllm_ext.fit import Fit
+
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
+FITTED = "vllm_ext.safetensors"
 # Weights in formats that a planned checkpoint has no use for.
 OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5", ".ot"}
 
@@ -110,24 +114,67 @@ class Checkpoint:
         except ValueError as error:
             raise UsageError(f"model {self.name}: {error}") from error
 
-    def planned(self, skip: list[int]) -> AttentionPlan:
-        """A plan for this stock checkpoint.
+    def planned(self, changes: Mapping[int, LayerPlan]) -> AttentionPlan:
+        """A plan for this stock checkpoint: attention in full but for `changes`, by layer.
 
         Raises:
-            UsageError: for layers it does not have, for all of them, a family without a row, or a planned checkpoint.
+            UsageError: for layers it does not have, a plan that cannot be, a family without a row, or a planned
+                checkpoint.
 
         """
         if self.plan is not None:
             raise UsageError(f"model {self.name}: it has an attention plan already; plan the stock checkpoint instead")
+        for layer, plan in changes.items():
+            for kind in (plan.kind, "window" if plan.window is not None else plan.kind):
+                if kind not in self.family.kinds:
+                    raise UsageError(
+                        f"model {self.name}: layer {layer} cannot be {kind} in {self.architecture}; "
+                        f"use one of {', '.join(self.family.kinds)}"
+                    )
         try:
-            family_of(self.architecture)
-            return AttentionPlan.skipping(skip, self.num_layers)
+            return AttentionPlan.of(self.num_layers, changes)
         except ValueError as error:
             raise UsageError(f"model {self.name}: {error}") from error
 
     def overrides(self, plan: AttentionPlan) -> dict[str, Any]:
-        """What makes this stock checkpoint a planned one: keys of `config.json`, or of vLLM's `--hf-overrides`."""
+        """What makes this stock checkpoint a planned one through vLLM's `--hf-overrides`.
+
+        Raises:
+            UsageError: for a plan that needs fitted tensors.
+
+        """
+        if plan.fitted:
+            raise UsageError(
+                f"model {self.name}: layer {plan.fitted[0]} needs tensors fitted on text; "
+                "write a checkpoint with vllm-ext plan and serve that"
+            )
+        return self._changed_config(plan)
+
+    def _changed_config(self, plan: AttentionPlan) -> dict[str, Any]:
+        """The keys of `config.json` in which the planned checkpoint differs."""
         return {"architectures": [self.family.planned_architecture], CONFIG_KEY: plan.to_config()}
+
+    def fitted_shapes(self, plan: AttentionPlan) -> dict[str, tuple[int | None, ...]]:
+        """The shapes of the tensors that the plan needs beside the weights, by name; None where `config.json` leaves
+        the size to the model's class.
+        """
+        hidden, heads, kv_heads, head_size = (
+            self.config.get(name) for name in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+        )
+        shapes: dict[str, tuple[int | None, ...]] = {}
+        for layer in plan.fitted:
+            layer_plan = plan.layers[layer]
+            if layer_plan.window is not None:
+                tensors = {"sink_logit": (heads,), "sink_value": (kv_heads, head_size)}
+            elif layer_plan.consolidation == "bias":
+                tensors = {"bias": (hidden,)}
+            elif layer_plan.rank is None:
+                tensors = {"bias": (hidden,), "weight": (hidden, hidden)}
+            else:
+                rank = layer_plan.rank
+                tensors = {"bias": (hidden,), "down": (rank, hidden), "up": (hidden, rank)}
+            shapes |= {tensor_name(layer, name): shape for name, shape in tensors.items()}
+        return shapes
 
     @cached_property
     def tensors(self) -> dict[str, list[str]]:
@@ -147,8 +194,28 @@ class Checkpoint:
         return {name: self._tensors_in(name) for name in files}
 
     def check_weights(self) -> None:
-        """Read every weight file's header; raises as `tensors` does."""
-        _ = self.tensors
+        """Read every weight file's header, and find the fitted tensors that the plan needs.
+
+        Raises:
+            UsageError: as `tensors` does, and where a fitted tensor is missing or of another shape.
+
+        """
+        from safetensors import safe_open
+
+        files = {name: file for file, names in self.tensors.items() for name in names}
+        assert self.folder is not None
+        for name, expected in self.fitted_shapes(self.plan).items() if self.plan is not None else ():
+            if name not in files:
+                raise UsageError(f"model {self.name}: no tensor {name}, which its plan needs; plan it again")
+            with safe_open(self.folder / files[name], framework="pt") as weights:
+                shape = weights.get_slice(name).get_shape()
+            wanted = [size or "any" for size in expected]
+            if len(shape) != len(wanted) or not all(
+                size in ("any", found) for size, found in zip(wanted, shape, strict=True)
+            ):
+                raise UsageError(
+                    f"model {self.name}: tensor {name} is {shape}, but the plan needs {wanted}; plan it again"
+                )
 
     def _tensors_in(self, file: str) -> list[str]:
         from safetensors import SafetensorError, safe_open
@@ -167,8 +234,8 @@ class Checkpoint:
             ) from error
 
 
-def write_planned(source: Checkpoint, plan: AttentionPlan, out: Path) -> None:
-    """Write a planned checkpoint: weight files without the skipped tensors, all else linked or copied.
+def write_planned(source: Checkpoint, plan: AttentionPlan, out: Path, fit: "Fit | None" = None) -> None:
+    """Write a planned checkpoint: weight files without the skipped tensors, the fitted ones, all else linked or copied.
 
     The folder appears under its name only when it is complete.
 
@@ -176,18 +243,32 @@ def write_planned(source: Checkpoint, plan: AttentionPlan, out: Path) -> None:
         UsageError: where `out` exists or the source's weights are not whole.
 
     """
+    from safetensors.torch import save_file
+
     assert source.folder is not None
-    if out.exists():
-        raise UsageError(f"--out {out}: it exists already; choose another folder or remove it")
+    assert source.fitted_shapes(plan).keys() == (fit.tensors.keys() if fit is not None else set())
+    check_absent(out)
+    changed = source._changed_config(plan)
     with complete_folder(out) as building:
-        dropped = _write_weights(source, plan, building)
+        weight_map, dropped = _write_weights(source, plan, building)
+        changed[CONFIG_KEY] |= {"made_by": f"vllm-ext {version('vllm-ext')}", "tensors_left_out": dropped}
+        if fit is not None:
+            save_file(fit.tensors, building / FITTED, {"format": "pt"})
+            weight_map |= dict.fromkeys(fit.tensors, FITTED)
+            changed[CONFIG_KEY]["fit"] = fit.provenance
+        if (source.folder / INDEX).is_file():
+            (building / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2) + "\n")
         for path in source.folder.iterdir():
             done = path.name in (CONFIG, INDEX) or path.suffix == ".safetensors"
             if path.is_file() and not done and path.suffix not in OTHER_WEIGHTS:
                 _link_or_copy(path, building / path.name)
-        overrides = source.overrides(plan)
-        overrides[CONFIG_KEY] |= {"made_by": f"vllm-ext {version('vllm-ext')}", "tensors_left_out": dropped}
-        (building / CONFIG).write_text(json.dumps(source.config | overrides, indent=2) + "\n")
+        (building / CONFIG).write_text(json.dumps(source.config | changed, indent=2) + "\n")
+
+
+def check_absent(out: Path) -> None:
+    """Raise UsageError where the folder to write exists."""
+    if out.exists():
+        raise UsageError(f"--out {out}: it exists already; choose another folder or remove it")
 
 
 @contextmanager
@@ -204,8 +285,8 @@ def complete_folder(folder: Path) -> Iterator[Path]:
         raise
 
 
-def _write_weights(source: Checkpoint, plan: AttentionPlan, out: Path) -> int:
-    """Write the weight files and their index; returns how many tensors were left out."""
+def _write_weights(source: Checkpoint, plan: AttentionPlan, out: Path) -> tuple[dict[str, str], int]:
+    """Write the weight files; returns in which of them each tensor is, and how many tensors were left out."""
     from rich.console import Console
     from rich.progress import track
     from safetensors import safe_open
@@ -222,9 +303,7 @@ def _write_weights(source: Checkpoint, plan: AttentionPlan, out: Path) -> int:
                 _link_or_copy(source.folder / file, out / file)
             elif kept:
                 save_file({name: weights.get_tensor(name) for name in kept}, out / file, weights.metadata())
-    if (source.folder / INDEX).is_file():
-        (out / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2) + "\n")
-    return sum(map(len, source.tensors.values())) - len(weight_map)
+    return weight_map, sum(map(len, source.tensors.values())) - len(weight_map)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

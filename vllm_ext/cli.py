@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from model_executors.attention_plan import Consolidation
 from vllm_ext.errors import UsageError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -20,6 +21,7 @@ Model = Annotated[str, typer.Argument(help="A checkpoint's folder, or a hub name
 Skip = Annotated[
     str | None, typer.Option(help="Layers to go without attention and KV cache: 25-29, or 3,7,25-29, or none.")
 ]
+Freeze = Annotated[str | None, typer.Option(help="Layers that prompt tokens end below: 20-29.")]
 
 
 @model_app.command("fetch")
@@ -37,35 +39,75 @@ def model_fetch(
 @app.command("plan")
 def plan(
     model: Model,
-    skip: Annotated[str, typer.Option(help="Layers to go without attention and KV cache: 25-29, or 3,7,25-29.")],
     out: Annotated[Path, typer.Option(help="The folder to write; it must not exist.")],
+    skip: Skip = None,
+    window: Annotated[
+        str | None, typer.Option(help="Layers to attend to their last tokens and a sink: 15-24:128,25-29:64.")
+    ] = None,
+    freeze: Annotated[
+        str | None, typer.Option(help="Layers that prompt tokens end below: 20-29, or with a window 20-29:128.")
+    ] = None,
+    consolidation: Annotated[
+        Consolidation | None, typer.Option(help="What skipped layers add in place of attention; by default none.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="The rank of linear maps; by default full.")] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(help='Text to fit on: a .txt, a .jsonl with "text", or a folder of them; by default prose.'),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of it to fit on.")] = 32768,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of each passage.")] = 1024,
+    seed: Annotated[int, typer.Option(help="For which passages those are.")] = 0,
 ) -> None:
-    """Write a planned checkpoint, which vLLM serves with nothing else said."""
-    from vllm_ext.checkpoint import Checkpoint, write_planned
-    from vllm_ext.layers import parse_layers
+    """Write a planned checkpoint, which vLLM serves with nothing else said.
 
-    layers = parse_layers(skip)
+    Windows and consolidation are fitted to the model on text first, which takes minutes for a small one.
+    """
+    from vllm_ext.checkpoint import Checkpoint, check_absent, write_planned
+    from vllm_ext.layers import layer_plans
+
+    if skip is window is freeze is None:
+        raise UsageError("plan needs --skip, --window or --freeze; say which layers to change")
+    changes = layer_plans(skip, window, freeze, consolidation, rank)
+    out = out.expanduser()
+    check_absent(out)
     checkpoint = Checkpoint.open(model, weights=True)
-    write_planned(checkpoint, checkpoint.planned(layers), out.expanduser())
+    attention_plan = checkpoint.planned(changes)
+    fitted = None
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing half-written is left
+    if attention_plan.fitted:
+        from vllm_ext.fit import fit, read_texts
+        from vllm_ext.texts import prose, prose_source
+
+        texts = prose("calibration") if text is None else read_texts(text)
+        name = prose_source() if text is None else text.name
+        fitted = fit(checkpoint, attention_plan, texts, name=name, tokens=tokens, length=length, seed=seed)
+    write_planned(checkpoint, attention_plan, out, fitted)
     print(out)
 
 
 @app.command("serve", context_settings=VLLM_OPTIONS)
-def serve(context: typer.Context, model: Model, skip: Skip = None) -> None:
+def serve(context: typer.Context, model: Model, skip: Skip = None, freeze: Freeze = None) -> None:
     """Serve a model on 127.0.0.1:8000 through vLLM; every option of `vllm serve` may follow.
 
-    Without --skip it serves the checkpoint as it is, stock or planned.
+    Without --skip or --freeze it serves the checkpoint as it is, stock or planned.
     """
+    from vllm_ext.layers import layer_plans
     from vllm_ext.serve import serve as run
 
-    run(model, skip, context.args)
+    changes = None if skip is freeze is None else layer_plans(skip=skip, freeze=freeze)
+    run(model, changes, context.args)
 
 
 @app.command("compare", context_settings=VLLM_OPTIONS)
 def compare(
     context: typer.Context,
     model: Model,
-    skip: Annotated[str, typer.Option(help="Layers the planned model skips; `none` compares stock with itself.")],
+    skip: Annotated[
+        str | None, typer.Option(help="Layers the planned model skips; `none` plans nothing, and measures that.")
+    ] = None,
+    freeze: Freeze = None,
+    planned: Annotated[str | None, typer.Option(help="A planned checkpoint, in place of --skip and --freeze.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file too.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="How often each of the two is started and measured.")] = 3,
     prompt_tokens: Annotated[int, typer.Option(min=2, help="Tokens of a long prompt.")] = 1024,
@@ -73,11 +115,47 @@ def compare(
     streams: Annotated[int, typer.Option(min=1, help="How many answers at once, where many are asked for.")] = 32,
 ) -> None:
     """Measure stock vLLM and the planned model in turn, with the same work; options of `vllm serve` go to both."""
-    from vllm_ext.compare import Work
+    from vllm_ext.compare import Planned, Work
     from vllm_ext.compare import compare as run
+    from vllm_ext.layers import layer_plans
 
+    if (planned is None) == (skip is freeze is None):
+        raise UsageError("compare needs either --planned, or --skip or --freeze or both")
+    given = {"--skip": skip, "--freeze": freeze, "--planned": planned and Path(planned).name}
+    described = " ".join(f"{option} {value}" for option, value in given.items() if value is not None)
+    changes = None if planned else layer_plans(skip=skip, freeze=freeze)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers it started end with it
-    run(model, skip, context.args, Work(prompt_tokens, answer_tokens, streams), rounds, json_file)
+    work = Work(prompt_tokens, answer_tokens, streams)
+    run(model, Planned(described, changes, planned), context.args, work, rounds, json_file)
+
+
+@app.command("quality", context_settings=VLLM_OPTIONS)
+def quality(
+    context: typer.Context,
+    model: Model,
+    planned: Annotated[list[str] | None, typer.Option(help="A planned checkpoint; may be given several times.")] = None,
+    skip: Skip = None,
+    freeze: Freeze = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file too.")] = None,
+    length: Annotated[
+        list[int] | None,
+        typer.Option(help="Tokens of a passage of prose; may be given several times; by default 512 and 2048."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of held-out prose, for each length.")] = 32768,
+    items: Annotated[int, typer.Option(help="How many capitals, and how many sums.")] = 100,
+    seed: Annotated[int, typer.Option(help="For which passages, capitals and sums those are.")] = 0,
+) -> None:
+    """Measure what plans cost, beside the stock MODEL: prose, capitals, sums; options of `vllm serve` go to all."""
+    from vllm_ext.layers import layer_plans
+    from vllm_ext.quality import Candidate, Settings
+    from vllm_ext.quality import quality as run
+
+    candidates = [Candidate(Path(folder).name, folder) for folder in planned or []]
+    if skip is not None or freeze is not None:
+        given = [f"{option} {value}" for option, value in (("skip", skip), ("freeze", freeze)) if value is not None]
+        candidates.append(Candidate(", ".join(given), model, layer_plans(skip=skip, freeze=freeze)))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the engines it started end with it
+    run(model, candidates, Settings(tuple(length or Settings.lengths), tokens, items, seed), context.args, json_file)
 
 
 @app.command("doctor")

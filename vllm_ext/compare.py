@@ -12,7 +12,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from model_executors.attention_plan import LayerPlan
 from vllm_ext.errors import UsageError
 from vllm_ext.process import free_port, running
 from vllm_ext.serve import prepare
@@ -63,6 +64,7 @@ class Figures:
     """What was measured of one of the two, a value a round."""
 
     kv_capacity_tokens: list[float] = field(default_factory=list)
+    kv_capacity_requests: list[float] = field(default_factory=list)
     prefill_tokens_per_second: list[float] = field(default_factory=list)
     time_to_first_token_ms: list[float] = field(default_factory=list)
     time_per_output_token_ms: list[float] = field(default_factory=list)
@@ -71,6 +73,7 @@ class Figures:
 
 ROWS = {
     "kv_capacity_tokens": "KV-cache capacity, tokens",
+    "kv_capacity_requests": "requests of the longest context at once",
     "kv_bytes_per_token": "KV bytes a token",
     "weight_bytes": "weight bytes",
     "prefill_tokens_per_second": "prefill, tokens/s",
@@ -80,18 +83,37 @@ ROWS = {
 }
 
 
-def compare(model: str, skip: str, vllm_args: Sequence[str], work: Work, rounds: int, json_file: Path | None) -> None:
+@dataclass(frozen=True)
+class Planned:
+    """The model that is measured beside the stock one."""
+
+    described: str
+    """By the options that name it."""
+    changes: Mapping[int, LayerPlan] | None = None
+    """A plan laid over the stock checkpoint."""
+    folder: str | None = None
+    """A planned checkpoint."""
+
+
+def compare(
+    model: str, planned: Planned, vllm_args: Sequence[str], work: Work, rounds: int, json_file: Path | None
+) -> None:
     """Measure both and print the table.
 
     Raises:
         UsageError: for a plan that does not fit, or a server that does not start.
 
     """
-    checkpoint, overrides = prepare(model, skip, vllm_args)
+    checkpoint, overrides = prepare(model, planned.changes, vllm_args)
+    if planned.folder is not None and prepare(planned.folder, None, vllm_args)[0].plan is None:
+        raise UsageError(f"--planned {planned.folder}: it has no attention plan; write one with vllm-ext plan")
     if json_file is not None and not json_file.parent.is_dir():
         raise UsageError(f"--json {json_file}: no such folder; create {json_file.parent}")
-    arguments = {"stock": list(vllm_args), "planned": [*vllm_args, "--hf-overrides", json.dumps(overrides)]}
-    figures = {name: Figures() for name in arguments}
+    commands = {
+        "stock": _command(model, vllm_args),
+        "planned": _command(planned.folder or model, vllm_args, overrides),
+    }
+    figures = {name: Figures() for name in commands}
     metrics: dict[str, float] = {}
     with _progress() as progress:
         task = progress.add_task("", total=2 * rounds * 4)
@@ -100,18 +122,19 @@ def compare(model: str, skip: str, vllm_args: Sequence[str], work: Work, rounds:
             for name in ("stock", "planned") if turn % 2 == 0 else ("planned", "stock"):
                 progress.update(task, description=f"round {turn + 1}/{rounds}: {name} starts")
                 port = free_port()
-                with running(_command(model, arguments[name], port), port) as url:
+                with running([*commands[name], "--port", str(port)], port) as url:
                     progress.advance(task)
                     client = Client(url, checkpoint.config["vocab_size"], random.Random(turn))
                     scraped = scrape(url)
                     figures[name].kv_capacity_tokens.append(scraped["kv_capacity_tokens"])
+                    figures[name].kv_capacity_requests.append(scraped["kv_capacity_requests"])
                     if name == "planned":
                         metrics = scraped
                     for what, measure in MEASURES.items():
                         progress.update(task, description=f"round {turn + 1}/{rounds}: {name}, {what}")
                         asyncio.run(measure(client, work, figures[name]))
                         progress.advance(task)
-    report = _report(model, skip, vllm_args, work, rounds, figures, metrics)
+    report = _report(model, planned, vllm_args, work, rounds, figures, metrics)
     if json_file is not None:
         json_file.write_text(json.dumps(report, indent=2) + "\n")
     _print(report)
@@ -193,10 +216,11 @@ async def many_streams(client: Client, work: Work, figures: Figures) -> None:
 MEASURES = {"long prompts": long_prompts, "long answers": long_answers, "many streams": many_streams}
 
 
-def _command(model: str, vllm_args: Sequence[str], port: int) -> list[str]:
+def _command(model: str, vllm_args: Sequence[str], overrides: dict[str, Any] | None = None) -> list[str]:
     """How to start vLLM's own server."""
-    where = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", SERVED_NAME]
-    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *vllm_args, *where]
+    server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *vllm_args]
+    plan = ["--hf-overrides", json.dumps(overrides)] if overrides else []
+    return [*server, *plan, "--host", "127.0.0.1", "--served-model-name", SERVED_NAME]
 
 
 def scrape(url: str) -> dict[str, float]:
@@ -208,12 +232,16 @@ def scrape(url: str) -> dict[str, float]:
     ]
     cache = next(sample.labels for sample in samples if sample.name == "vllm:cache_config_info")
     ours = {sample.name: sample.value for sample in samples if sample.name.startswith("vllm_ext_")}
-    return {**ours, "kv_capacity_tokens": float(cache["kv_cache_size_tokens"])}
+    capacity = {
+        "kv_capacity_tokens": float(cache["kv_cache_size_tokens"]),
+        "kv_capacity_requests": float(cache["kv_cache_max_concurrency"]),
+    }
+    return ours | capacity
 
 
 def _report(
     model: str,
-    skip: str,
+    planned_model: Planned,
     vllm_args: Sequence[str],
     work: Work,
     rounds: int,
@@ -225,7 +253,7 @@ def _report(
     planned["kv_bytes_per_token"] = [metrics["vllm_ext_kv_cache_token_bytes"]]
     stock["kv_bytes_per_token"] = [metrics["vllm_ext_stock_kv_cache_token_bytes"]]
     if "vllm_ext_weight_bytes" in metrics:
-        planned["weight_bytes"] = [metrics["vllm_ext_weight_bytes"]]
+        planned["weight_bytes"] = [metrics["vllm_ext_weight_bytes"] + metrics["vllm_ext_weight_fitted_bytes"]]
         stock["weight_bytes"] = [metrics["vllm_ext_weight_bytes"] + metrics["vllm_ext_weight_dropped_bytes"]]
     rows = {
         name: {
@@ -239,7 +267,7 @@ def _report(
     }
     return {
         "model": Path(model).name,
-        "skip": skip,
+        "planned": planned_model.described,
         "vllm_args": list(vllm_args),
         "work": asdict(work),
         "rounds": rounds,
@@ -253,7 +281,7 @@ def _report(
 def _print(report: dict[str, Any]) -> None:
     work = report["work"]
     table = Table(
-        title=f"{report['model']}, --skip {report['skip']}, beside stock",
+        title=f"{report['model']}, {report['planned']}, beside stock",
         caption=f"{report['vllm']}; {report['machine']}; prompts of {work['prompt_tokens']}, answers of "
         f"{work['answer_tokens']} tokens, {work['streams']} streams; medians of {report['rounds']} "
         "rounds in turn, ratios round by round",

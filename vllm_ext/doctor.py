@@ -79,4 +79,5 @@ def _in_vllm() -> Iterator[Finding]:
     for family in FAMILIES.values():
         registered = family.planned_architecture in known
         cure = None if registered else "vLLM does not list it; see the log above for what kept the plugin from loading"
-        yield Finding("family", family.architecture, cure)
+        kinds = "" if family.kinds == KINDS else f" ({', '.join(family.kinds)})"
+        yield Finding("family", family.architecture + kinds, cure)

@@ -9,10 +9,11 @@ from model_executors.families import Family
 
 @dataclass(frozen=True)
 class Parameters:
-    """Parameter counts: those that are held, and those of the skipped attentions."""
+    """Parameter counts: the checkpoint's that are held, those of the skipped attentions, and the fitted ones."""
 
     held: int
     dropped: int
+    fitted: int
 
 
 def count_parameters(hf_config: Any, family: Family, plan: AttentionPlan) -> Parameters:
@@ -29,9 +30,33 @@ def count_parameters(hf_config: Any, family: Family, plan: AttentionPlan) -> Par
             dropped += parameter.numel()
         else:
             held += parameter.numel()
-    return Parameters(held, dropped)
+    return Parameters(held, dropped, _fitted(hf_config.hidden_size, plan))
 
 
-def kv_token_bytes(plan: AttentionPlan, num_kv_heads: int, head_size: int, element_bytes: int) -> int:
-    """Bytes of K and V that a token takes in all attending layers together, over all ranks."""
-    return 2 * len(plan.attending) * num_kv_heads * head_size * element_bytes
+def _fitted(hidden_size: int, plan: AttentionPlan) -> int:
+    """Parameters of the consolidations; a window's two constants are too few to count."""
+    count = 0
+    for layer in plan.layers:
+        if layer.consolidation != "none":
+            count += hidden_size
+        if layer.consolidation == "linear":
+            count += hidden_size * hidden_size if layer.rank is None else 2 * hidden_size * layer.rank
+    return count
+
+
+@dataclass(frozen=True)
+class KvBytes:
+    """Bytes of K and V over all layers and ranks."""
+
+    token: int
+    """For each token of the context, in the layers that hold every token."""
+    window: int
+    """For each request with a long context, in the layers that hold a window of it."""
+
+
+def kv_bytes(plan: AttentionPlan, num_kv_heads: int, head_size: int, element_bytes: int) -> KvBytes:
+    """What the KV cache holds under the plan; vLLM rounds up to whole blocks."""
+    one = 2 * num_kv_heads * head_size * element_bytes
+    attending = [plan.layers[layer] for layer in plan.attending]
+    growing = sum(layer.window is None for layer in attending)
+    return KvBytes(growing * one, sum(layer.window or 0 for layer in attending) * one)

@@ -19,7 +19,5 @@ def register() -> None:
     from vllm_ext.verify import AttentionPlanConfig
 
     for family in FAMILIES.values():
-        ModelRegistry.register_model(
-            family.planned_architecture, f"model_executors.decoder:{family.planned_architecture}"
-        )
+        ModelRegistry.register_model(family.planned_architecture, f"{family.module}:{family.planned_architecture}")
         MODELS_CONFIG_MAP[family.planned_architecture] = AttentionPlanConfig

@@ -6,12 +6,12 @@ Everything that can be known beforehand is checked first, so that a mistake cost
 import argparse
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from model_executors.attention_plan import LayerPlan
 from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.errors import UsageError
-from vllm_ext.layers import parse_layers
 from vllm_ext.versions import vllm_problem
 
 PLUGIN = "vllm_ext"
@@ -19,14 +19,14 @@ DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8000  # vLLM's own
 
 
-def serve(model: str, skip: str | None, vllm_args: Sequence[str]) -> None:
-    """Serve in the foreground until stopped.
+def serve(model: str, changes: Mapping[int, LayerPlan] | None, vllm_args: Sequence[str]) -> None:
+    """Serve in the foreground until stopped; without `changes`, the checkpoint as it is.
 
     Raises:
         UsageError: for whatever a user can mend; what vLLM itself refuses included.
 
     """
-    _, overrides = prepare(model, skip, vllm_args)
+    _, overrides = prepare(model, changes, vllm_args)
     check_listening(vllm_args)
     if problem := vllm_problem():
         raise UsageError(problem)
@@ -43,7 +43,7 @@ def serve(model: str, skip: str | None, vllm_args: Sequence[str]) -> None:
     args = parser.parse_args([command.name, model, *vllm_args])
     if overrides:
         if callable(args.hf_overrides):
-            raise UsageError("--hf-overrides with --skip must be a JSON object")
+            raise UsageError("--hf-overrides beside a plan must be a JSON object")
         args.hf_overrides = {**(args.hf_overrides or {}), **overrides}
     if not args.uds:
         args.host = args.host or DEFAULT_HOST  # vLLM would listen on every interface
@@ -56,18 +56,20 @@ def serve(model: str, skip: str | None, vllm_args: Sequence[str]) -> None:
         raise UsageError(one_line(error)) from error
 
 
-def prepare(model: str, skip: str | None, vllm_args: Sequence[str]) -> tuple[Checkpoint, dict[str, Any]]:
-    """Check the model and the plan; returns it, and what to override in its configuration: nothing without `skip`.
+def prepare(
+    model: str, changes: Mapping[int, LayerPlan] | None, vllm_args: Sequence[str]
+) -> tuple[Checkpoint, dict[str, Any]]:
+    """Check the model and the plan; returns it, and what to override in its configuration: nothing without `changes`.
 
     Raises:
         UsageError: for a missing or damaged checkpoint, or a plan that does not fit.
 
     """
     checkpoint = Checkpoint.open(model, weights=False)
-    plan = checkpoint.plan if skip is None else checkpoint.planned(parse_layers(skip))
+    plan = checkpoint.plan if changes is None else checkpoint.planned(changes)
     if checkpoint.folder is not None and not any(argument.startswith("--load-format") for argument in vllm_args):
         checkpoint.check_weights()
-    return checkpoint, {} if skip is None or plan is None else checkpoint.overrides(plan)
+    return checkpoint, {} if changes is None or plan is None else checkpoint.overrides(plan)
 
 
 def check_listening(vllm_args: Sequence[str]) -> None:

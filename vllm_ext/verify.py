@@ -1,16 +1,19 @@
-"""What a planned model refuses at start: the combinations that would be served wrongly.
+"""What a planned model needs set, and what it refuses at start: the combinations that would be served wrongly.
 
 vLLM calls this for our architectures as soon as its configuration is complete, before any worker exists.
 """
+
+from collections.abc import Iterator
 
 from vllm.config import VllmConfig
 from vllm.distributed.utils import get_pp_indices
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from model_executors.attention_plan import AttentionPlan
-from model_executors.families import family_of
+from model_executors.families import Family, family_of
 
-# Speculation that reads tokens only. The other methods read hidden states of every position, which the tail never sees.
+# Speculation that reads tokens only. The other methods read hidden states of every position, which the layers above
+# do not see.
 TOKEN_SPECULATION = ("ngram", "ngram_gpu", "suffix", "draft_model", "custom_class")
 
 
@@ -25,36 +28,88 @@ class AttentionPlanConfig(VerifyAndUpdateConfig):
             ValueError: with the name, the value and the fix.
 
         """
-        model_config = vllm_config.model_config
-        family_of(model_config.architecture)
-        plan = AttentionPlan.from_hf_config(model_config.hf_config)
-        offload = vllm_config.offload_config
-        if plan.skipped and (offload.uva.cpu_offload_gb > 0 or offload.prefetch.offload_group_size > 0):
-            raise ValueError(
-                "weight offloading does not work with an attention plan; drop --cpu-offload-gb and the like"
-            )
-        _verify_pipeline(plan, vllm_config.parallel_config.pipeline_parallel_size)
-        if not plan.has_tail:
-            return
-        tail = f"layers {plan.tail_start}-{len(plan.kinds) - 1} run on sampled positions only"
-        if model_config.runner_type != "generate":
-            raise ValueError(f"--runner {model_config.runner_type}: {tail}; pool with the stock model")
-        if vllm_config.lora_config is not None:
-            raise ValueError(f"--enable-lora: {tail} and would see other adapters' rows; merge the adapter or drop it")
-        speculation = vllm_config.speculative_config
-        if speculation is not None and speculation.method not in TOKEN_SPECULATION:
-            raise ValueError(
-                f"speculative method {speculation.method!r}: {tail}, and it reads hidden states of all of them; "
-                f"use one of {', '.join(TOKEN_SPECULATION)}"
+        family = family_of(vllm_config.model_config.architecture)
+        plan = AttentionPlan.from_hf_config(vllm_config.model_config.hf_config)
+        for problem in _problems(plan, family, vllm_config):
+            raise ValueError(problem)
+        if plan.first_frozen < len(plan.layers):
+            _prepare_frozen(vllm_config)
+
+
+def _problems(plan: AttentionPlan, family: Family, vllm_config: VllmConfig) -> Iterator[str]:
+    """What would be served wrongly."""
+    for layer, layer_plan in enumerate(plan.layers):
+        if layer_plan.kind not in family.kinds:
+            kinds = ", ".join(family.kinds)
+            yield f"layer {layer} is {layer_plan.kind}, which {family.architecture} cannot be; use one of {kinds}"
+    model_config, parallel_config = vllm_config.model_config, vllm_config.parallel_config
+    offload = vllm_config.offload_config
+    if plan.skipped and (offload.uva.cpu_offload_gb > 0 or offload.prefetch.offload_group_size > 0):
+        yield "weight offloading does not work with an attention plan; drop --cpu-offload-gb and the like"
+    yield from _window_problems(plan, vllm_config)
+    yield from _pipeline_problems(plan, parallel_config.pipeline_parallel_size)
+    ranks = {layer_plan.rank for layer_plan in plan.layers if layer_plan.rank is not None}
+    for rank in ranks:
+        if rank % parallel_config.tensor_parallel_size:
+            yield f"rank {rank} cannot be split over --tensor-parallel-size {parallel_config.tensor_parallel_size}"
+    if plan.first_partial == len(plan.layers):
+        return
+    upper = f"layers {plan.first_partial}-{len(plan.layers) - 1} do not run for every position"
+    if model_config.runner_type != "generate":
+        yield f"--runner {model_config.runner_type}: {upper}; pool with the stock model"
+    speculation = vllm_config.speculative_config
+    if speculation is not None and speculation.method not in TOKEN_SPECULATION:
+        yield (
+            f"speculative method {speculation.method!r}: {upper}, and it reads hidden states of all of them; "
+            f"use one of {', '.join(TOKEN_SPECULATION)}"
+        )
+    if plan.first_frozen == len(plan.layers):
+        return
+    if parallel_config.enable_dbo:
+        yield "--enable-dbo: a step with frozen layers cannot be split in two; drop it"
+    if vllm_config.scheduler_config.scheduler_cls is not None:
+        yield (
+            f"--scheduler-cls {vllm_config.scheduler_config.scheduler_cls}: frozen layers need a scheduler of their "
+            "own; drop it"
+        )
+
+
+def _window_problems(plan: AttentionPlan, vllm_config: VllmConfig) -> Iterator[str]:
+    """A layer with a sliding window of its own has no sink to replace."""
+    config = vllm_config.model_config.hf_config
+    kinds = getattr(config, "layer_types", None)
+    everywhere = kinds is None and vllm_config.cache_config.sliding_window is not None
+    for layer, layer_plan in enumerate(plan.layers):
+        if layer_plan.window is not None and (everywhere or (kinds and kinds[layer] == "sliding_attention")):
+            yield (
+                f"window {layer_plan.window} on layer {layer}: the model gives that layer a sliding window of "
+                f"{config.sliding_window} already; leave it full"
             )
 
 
-def _verify_pipeline(plan: AttentionPlan, size: int) -> None:
-    """vLLM cannot run a pipeline rank that has no KV cache at all."""
+def _pipeline_problems(plan: AttentionPlan, size: int) -> Iterator[str]:
+    """vLLM cannot run a rank that has no KV cache at all, and frozen layers need the same state on one rank."""
     for rank in range(size):
-        start, end = get_pp_indices(len(plan.kinds), rank, size)
+        start, end = get_pp_indices(len(plan.layers), rank, size)
         if not any(start <= layer < end for layer in plan.attending):
-            raise ValueError(
+            yield (
                 f"--pipeline-parallel-size {size}: rank {rank} has layers {start}-{end - 1}, all of them skipped; "
                 "use fewer ranks, or give it an attending layer with VLLM_PP_LAYER_PARTITION"
             )
+        if start <= plan.first_frozen < end and rank < size - 1:
+            yield (
+                f"--pipeline-parallel-size {size}: layers from {plan.first_frozen} on are frozen and begin on rank "
+                f"{rank}; all of them must be on the last rank: use fewer ranks, or set VLLM_PP_LAYER_PARTITION"
+            )
+
+
+def _prepare_frozen(vllm_config: VllmConfig) -> None:
+    """Set what frozen layers need."""
+    vllm_config.scheduler_config.scheduler_cls = "vllm_ext.scheduler.prompt_boundary_scheduler"
+    model_config = vllm_config.model_config
+    if vllm_config.speculative_config is None:
+        refusal = "vllm_ext.prompt_logprobs:RefusePromptLogprobs"
+        model_config.logits_processors = [*(model_config.logits_processors or []), refusal]
+    else:
+        # vLLM has no custom logits processors beside speculation, but this refuses prompt_logprobs by itself.
+        vllm_config.cache_config.kv_sharing_fast_prefill = True

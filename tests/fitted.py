@@ -1,0 +1,37 @@
+"""Planned checkpoints with random tensors where fitted ones would be, so that a wrong use of them shows."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from vllm_ext.fit import Fit
+
+from model_executors.attention_plan import LayerPlan, tensor_name
+from vllm_ext.checkpoint import Checkpoint, write_planned
+
+
+def write_random(stock: Path, out: Path, changes: Mapping[int, LayerPlan]) -> Path:
+    """Write the plan over the checkpoint `stock`; the same tensors every time."""
+    source = Checkpoint.open(str(stock), weights=True)
+    config = source.config
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    kv_heads, head_size = config["num_key_value_heads"], config["head_dim"]
+    chosen = torch.Generator().manual_seed(0)
+
+    def random(*shape: int, scale: float) -> torch.Tensor:
+        return torch.randn(shape, generator=chosen) * scale
+
+    tensors = {}
+    for layer, plan in changes.items():
+        made = {}
+        if plan.window is not None:
+            made |= {"sink_logit": random(heads, scale=2), "sink_value": random(kv_heads, head_size, scale=1)}
+        if plan.consolidation != "none":
+            made["bias"] = random(hidden, scale=0.5)
+        if plan.consolidation == "linear" and plan.rank is None:
+            made["weight"] = random(hidden, hidden, scale=0.1)
+        elif plan.consolidation == "linear":
+            made |= {"down": random(plan.rank, hidden, scale=0.1), "up": random(hidden, plan.rank, scale=0.3)}
+        tensors |= {tensor_name(layer, name): tensor for name, tensor in made.items()}
+    write_planned(source, source.planned(changes), out, Fit(tensors, {"text": "random"}))
+    return out

@@ -1,0 +1,71 @@
+"""Frozen layers in vLLM against a reference that computes every token anew."""
+
+import pytest
+import torch
+from vllm.exceptions import VLLMValidationError
+
+from model_executors.attention_plan import LayerPlan
+from model_executors.freeze import select_rows
+from tests.answers import assert_same
+from tests.engines import NEW_TOKENS, answers, engine, runner
+from tests.fitted import write_random
+from tests.reference import Reference
+from tests.tiny import prompts
+
+FREEZE = LayerPlan("freeze")
+PLANS = {
+    "top": {4: FREEZE, 5: FREEZE},
+    "all but the first": dict.fromkeys(range(1, 6), FREEZE),
+    "between skipped layers": {1: LayerPlan("skip"), 3: FREEZE, 4: LayerPlan("skip"), 5: FREEZE},
+    "below a tail": {3: FREEZE, 4: FREEZE, 5: LayerPlan("skip", consolidation="linear")},
+    "with windows": {2: LayerPlan("window", 16), 3: FREEZE, 4: LayerPlan("freeze", 20), 5: LayerPlan("freeze", 128)},
+}
+LENGTHS = (1, 2, 15, 16, 17, 19, 20, 21, 127, 128, 129, 200)
+
+
+@pytest.fixture(scope="module")
+def planned(tiny_models, tmp_path_factory):
+    """The folder of a plan over tiny Llama, and what the reference answers."""
+    made = {}
+
+    def make(name: str):
+        if name not in made:
+            folder = write_random(tiny_models("Llama"), tmp_path_factory.mktemp("freeze") / "planned", PLANS[name])
+            reference = Reference(folder, PLANS[name])
+            made[name] = folder, [reference.answer(prompt, NEW_TOKENS) for prompt in prompts(LENGTHS)]
+        return made[name]
+
+    return make
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_equals_the_reference(planned, name):
+    folder, expected = planned(name)
+    with engine(folder) as llm:
+        assert_same(answers(llm, prompts(LENGTHS), prompt_logprobs=False), expected, prompt_logprobs=False)
+
+
+def test_prompt_tokens_do_no_work_and_have_no_logprobs(planned):
+    """Of a prompt of 100 tokens one goes on, and each further step has one; log-probabilities of a prompt are refused,
+    and the next request is answered.
+    """
+    folder, expected = planned("top")
+    with engine(folder) as llm:
+        rows = []
+        mlp = runner(llm).model.model.layers[4].mlp
+        hook = mlp.register_forward_hook(lambda _module, inputs, _output: rows.append(inputs[0].shape[0]))
+        answers(llm, prompts((100,)), max_tokens=3, prompt_logprobs=False)
+        hook.remove()
+        with pytest.raises(VLLMValidationError, match=r"prompt_logprobs .* cannot be answered by this model"):
+            answers(llm, prompts((100,)))
+        assert_same(answers(llm, prompts(LENGTHS), prompt_logprobs=False), expected, prompt_logprobs=False)
+    assert rows == [1, 1, 1]
+
+
+def test_rows_that_go_on():
+    """All rows of requests that generate, the last one of those that are prefilled; padding has no rows."""
+    bounds = torch.tensor([0, 1, 6, 9, 10, 10], dtype=torch.int32)
+    rows, selected = select_rows(bounds, torch.tensor([False, True, False, True, False]))
+    assert rows.index.tolist() == [0, 5, 6, 7, 8, 9]
+    assert rows.generating.flatten().tolist() == [True, False, True, True, True, False]
+    assert selected.tolist() == [0, 1, 2, 5, 6, 6]

@@ -1,0 +1,161 @@
+"""The command on the real model, against plain transformers, and what a mistake gets."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from model_executors.attention_plan import LayerPlan
+from tests.reference import Reference
+from vllm_ext.checkpoint import Checkpoint, write_planned
+from vllm_ext.errors import UsageError
+from vllm_ext.quality import Candidate, Settings, measure, prepare_work
+
+COMMAND = [sys.executable, "-m", "vllm_ext.cli", "quality"]
+LENGTH = 128
+ANSWER = LENGTH // 4
+PLANNED = "skip 29, freeze 20-28"
+SETTINGS = Settings((LENGTH,), tokens=8 * LENGTH, items=12)
+
+
+@pytest.fixture(scope="module")
+def run(smollm2, tmp_path_factory):
+    """One run of the command: what it prints, and the figures it writes."""
+    file = tmp_path_factory.mktemp("quality") / "figures.json"
+    sizes = ["--length", str(LENGTH), "--tokens", str(SETTINGS.tokens), "--items", str(SETTINGS.items)]
+    command = [*COMMAND, str(smollm2), "--skip", "29", "--freeze", "20-28", *sizes, "--json", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads(file.read_text())["figures"]
+
+
+@pytest.fixture(scope="module")
+def work(smollm2):
+    return prepare_work(AutoTokenizer.from_pretrained(smollm2), SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def expected(smollm2, work):
+    """For each model, `[passages, tokens, vocab_size]` log-probabilities of the tokens after the first."""
+    changes = {layer: LayerPlan("freeze") for layer in range(20, 29)} | {29: LayerPlan("skip")}
+    found = {}
+    for name, plans in (("stock", {}), (PLANNED, changes)):
+        reference = Reference(smollm2, plans)
+        reference.prompt_length = LENGTH - ANSWER
+        with torch.no_grad():
+            found[name] = torch.stack([reference.logprobs(text)[:-1] for text in work[0].passages[LENGTH]])
+    return found
+
+
+def perplexity(logprobs: torch.Tensor, passages: list[list[int]], places: slice) -> float:
+    targets = torch.tensor(passages)[:, 1:, None]
+    return logprobs.gather(2, targets)[:, places].mean().neg().exp().item()
+
+
+def test_perplexity_as_in_transformers(run, work, expected):
+    _, figures = run
+    passages = work[0].passages[LENGTH]
+    stock = figures["stock"]["perplexity"][str(LENGTH)]
+    assert stock["value"] == pytest.approx(perplexity(expected["stock"], passages, slice(None)), rel=0.02)
+    assert stock["items"] == len(passages) == 8
+    for name in ("stock", PLANNED):
+        answers = figures[name]["answer_perplexity"][str(LENGTH)]
+        assert answers["value"] == pytest.approx(perplexity(expected[name], passages, slice(-ANSWER, None)), rel=0.03)
+    assert answers["interval"][0] < answers["ratio"] < answers["interval"][1]
+
+
+def test_agreement_as_in_transformers(run, expected):
+    _, figures = run
+    tops = [each[:, -ANSWER:].argmax(-1).numpy() for each in expected.values()]
+    agreement = figures[PLANNED]["answer_agreement"][str(LENGTH)]["value"]
+    assert 0.4 < agreement < 0.9
+    assert agreement == pytest.approx(np.mean(tops[0] == tops[1]), abs=0.03)
+
+
+def test_says_nothing_of_frozen_prompt_tokens(run):
+    _, figures = run
+    assert figures[PLANNED]["perplexity"] == figures[PLANNED]["agreement"] == {}
+
+
+def test_prints_a_table(run):
+    stdout, figures = run
+    for title in ("perplexity", "top token", "capitals", "sums", PLANNED):
+        assert title in stdout
+    assert f"{figures['stock']['capitals']['value']:.3f}" in stdout
+
+
+def test_asks_what_the_stock_model_can_answer(run):
+    _, figures = run
+    for task in ("capitals", "sums"):
+        assert 0.1 < figures["stock"][task]["value"] < 0.9
+        assert figures["stock"][task]["items"] == SETTINGS.items
+
+
+def test_work_is_the_same_every_time(smollm2, work):
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    assert prepare_work(tokenizer, SETTINGS) == work
+    other = prepare_work(tokenizer, Settings(SETTINGS.lengths, SETTINGS.tokens, SETTINGS.items, seed=1))
+    assert other != work
+
+
+def test_no_example_is_the_question(smollm2, work):
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    prompts = tokenizer.batch_decode(work[0].prompts["capitals"])
+    for prompt in prompts:
+        questions = [line for line in prompt.splitlines() if line.startswith("Q: ")]
+        assert len(set(questions)) == len(questions) == 5
+    assert tokenizer.decode(work[0].prompts["sums"][0]).count(", ") == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lengths": (4,)}, "--length 4: too short"),
+        ({"lengths": (64, 64)}, "--length 64: named twice"),
+        ({"tokens": 100}, "--tokens 100: less than one passage of 512"),
+        ({"items": 0}, "--items 0: choose 1 to 1000"),
+    ],
+)
+def test_refuses_settings(settings, message):
+    with pytest.raises(UsageError, match=message):
+        Settings(**settings)
+
+
+def test_refuses_models_that_cannot_be_compared(smollm2, tiny_models, tmp_path):
+    source = Checkpoint.open(str(smollm2), weights=True)
+    planned = tmp_path / "planned"
+    write_planned(source, source.planned({29: LayerPlan("skip")}), planned)
+    candidate = Candidate("planned", str(planned))
+    with pytest.raises(UsageError, match="it has an attention plan; give the stock model"):
+        measure(str(planned), [], SETTINGS)
+    with pytest.raises(UsageError, match="have the same name"):
+        measure(str(smollm2), [candidate, candidate], SETTINGS)
+    with pytest.raises(UsageError, match="its vocab_size is 256, the stock model's 49152"):
+        measure(str(smollm2), [Candidate("tiny", str(tiny_models("Llama")))], SETTINGS)
+    with pytest.raises(UsageError, match="--length 2048: the model takes fewer than 512 tokens"):
+        measure(str(tiny_models("Llama")), [], Settings())
+    with pytest.raises(UsageError, match="no tokenizer is to be had"):
+        measure(str(tiny_models("Llama")), [], SETTINGS)
+
+
+def test_refuses_what_vllm_refuses_in_one_line(smollm2, tiny_models, tmp_path):
+    folder = shutil.copytree(tiny_models("Llama"), tmp_path / "llama")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(smollm2 / name, folder / name)
+    with pytest.raises(UsageError, match=r"max_model_len \(9999\) is greater than") as refusal:
+        measure(str(folder), [], SETTINGS, ["--max-model-len", "9999"])
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_mistake_is_one_line(smollm2, tmp_path):
+    nowhere = str(tmp_path / "nowhere" / "figures.json")
+    done = subprocess.run(
+        [*COMMAND, str(smollm2), "--json", nowhere], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip() == f"error: --json {nowhere}: no such folder; create {tmp_path / 'nowhere'}"

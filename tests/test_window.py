@@ -1,0 +1,74 @@
+"""Window layers in vLLM against attention written out in full."""
+
+import pytest
+from vllm import SamplingParams
+
+from model_executors.attention_plan import LayerPlan
+from tests.answers import assert_same
+from tests.engines import NEW_TOKENS, answers, engine, outputs, runner
+from tests.fitted import write_random
+from tests.reference import Reference
+from tests.tiny import prompts
+
+# Shorter than the windows, equal, one more, and on either side of vLLM's block of 128 tokens.
+LENGTHS = (1, 2, 15, 16, 17, 19, 20, 21, 127, 128, 129, 143, 144, 145, 200)
+# Gemma's even layers have a sliding window of their own.
+PLAN = {1: LayerPlan("window", 16), 3: LayerPlan("window", 128), 5: LayerPlan("window", 20)}
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma2"])
+def test_equals_the_reference(tiny_models, tmp_path, family):
+    """Then once more, when the first block of long prompts is found again, and with it where their windows begin."""
+    folder = write_random(tiny_models(family), tmp_path / family, PLAN)
+    reference = Reference(folder, PLAN)
+    expected = [reference.answer(prompt, NEW_TOKENS) for prompt in prompts(LENGTHS)]
+    with engine(folder) as llm:
+        assert_same(answers(llm, prompts(LENGTHS)), expected)
+        again = outputs(llm, prompts(LENGTHS), NEW_TOKENS, prompt_logprobs=False)
+    assert [list(output.outputs[0].token_ids) for output in again] == [answer.tokens for answer in expected]
+    assert [output.num_cached_tokens for output in again] == [(length - 1) // 128 * 128 for length in LENGTHS]
+
+
+def test_chunked_prefill(tiny_models, tmp_path):
+    """Windows reach back over chunks of 16 tokens, one after another."""
+    folder = write_random(tiny_models("Llama"), tmp_path / "planned", PLAN)
+    reference = Reference(folder, PLAN)
+    with engine(folder, max_num_batched_tokens=16, max_num_seqs=8, enable_chunked_prefill=True) as llm:
+        ours = answers(llm, prompts(LENGTHS))
+    assert_same(ours, [reference.answer(prompt, NEW_TOKENS) for prompt in prompts(LENGTHS)])
+
+
+def test_memory_is_freed_as_tokens_leave_the_window(tiny_models, tmp_path):
+    """Of a long answer, window layers hold two blocks at most; the usage that /metrics shows says so too."""
+    windows = dict.fromkeys([3, 4, 5], LayerPlan("window", 128))
+    folder = write_random(tiny_models("Llama"), tmp_path / "windows", windows)
+    (prompt,) = prompts((8,))
+    held, capacity = {}, {}
+    for name, model in {"stock": tiny_models("Llama"), "windows": folder}.items():
+        with engine(
+            model,
+            hf_overrides={"max_position_embeddings": 4096},
+            max_model_len=4096,
+            max_num_batched_tokens=256,
+            kv_cache_memory_bytes=2**26,
+            disable_log_stats=False,
+            enable_prefix_caching=False,
+        ) as llm:
+            sampling = SamplingParams(temperature=0, max_tokens=500, ignore_eos=True, detokenize=False)
+            llm.llm_engine.add_request("long", {"prompt_token_ids": prompt}, sampling)
+            blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks - 1  # one is vLLM's own
+            held[name] = []
+            while llm.llm_engine.has_unfinished_requests():
+                llm.llm_engine.step()
+                (usage,) = [metric.value for metric in llm.get_metrics() if metric.name == "vllm:kv_cache_usage_perc"]
+                held[name].append(usage * blocks)
+            capacity[name] = llm.llm_engine.vllm_config.cache_config.kv_cache_max_concurrency
+            groups = runner(llm).kv_cache_config.kv_cache_groups
+    assert sorted(len(group.layer_names) for group in groups) == [3, 3]
+    # 508 tokens are 4 blocks of 128. A planned block is of three layers, half as large: 4 for the full ones, and for
+    # the windows never more than the 2 that a window can touch.
+    assert max(held["stock"]) == pytest.approx(4)
+    assert max(held["windows"]) == pytest.approx(6)
+    # By vLLM's reckoning: 32 blocks a request for each of six layers, against 32 for three layers and 4 for three, of
+    # which a window takes 2 and what is prefilled at once takes 2.
+    assert capacity["windows"] / capacity["stock"] == pytest.approx(6 * 32 / (3 * (32 + 4)), rel=0.03)

@@ -1,0 +1,541 @@
+"""Attention plans fitted to a model: the sinks of window layers and the consolidation of skipped ones.
+
+What a planned layer puts in place of its attention (arXiv 2409.03621, section 5) is found in closed form from the
+model's own activations on calibration text, with no gradient step. Layers are fitted lowest first, so that each fit
+sees the stream that the planned layers below it have already changed. One layer and one passage are computed at a time;
+the stream between two layers lies on disk. `vllm-ext plan` runs it.
+"""
+
+import hashlib
+import json
+import math
+import random
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import nn
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CompressedTensorsConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from model_executors.attention_plan import AttentionPlan, LayerPlan, tensor_name
+from model_executors.families import Family
+from vllm_ext.checkpoint import Checkpoint
+from vllm_ext.errors import UsageError
+
+ATTENTION = "vllm_ext_fit"
+RIDGE = 1e-3
+"""Added to the diagonal of the inputs' covariance, as a part of its mean."""
+QUERIES_AT_ONCE = 128
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What was fitted: the tensors by their names in a checkpoint, on the CPU, and what they were fitted on."""
+
+    tensors: dict[str, torch.Tensor]
+    provenance: dict[str, Any]
+
+
+def fit(
+    source: Checkpoint,
+    plan: AttentionPlan,
+    texts: Sequence[str],
+    *,
+    tokens: int,
+    length: int,
+    seed: int,
+    name: str = "text",
+) -> Fit:
+    """Fit the plan to the model on `tokens` tokens of `texts`, in passages of `length` tokens drawn with `seed`.
+
+    `name` is what the text is called in the provenance. It says on stderr how far it is.
+
+    Raises:
+        UsageError: for too little text, a plan that does not fit the model, or a model that cannot be read.
+
+    """
+    assert source.folder is not None
+    _check(AutoConfig.from_pretrained(source.folder), plan, length)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.folder)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"model {source.name}: no tokenizer in that folder to read text with; add it") from error
+    passages = cut(tokenizer, texts, tokens=tokens, length=length, seed=seed)
+    tensors, errors = fit_passages(load(source.folder), source.family, plan, passages)
+    text = {"name": name, "sha256": hashlib.sha256("\0".join(texts).encode()).hexdigest()}
+    versions = {package: version(package) for package in ("vllm-ext", "torch", "transformers")}
+    return Fit(
+        tensors,
+        {
+            "text": text,
+            "tokens": passages.numel(),
+            "length": length,
+            "seed": seed,
+            "versions": versions,
+            "relative_errors": {str(layer): round(error, 4) for layer, error in errors.items()},
+        },
+    )
+
+
+def read_texts(path: Path) -> list[str]:
+    """The text of a file, or of every `.txt` and `.jsonl` below a folder; of a `.jsonl`, each line's `text`.
+
+    Raises:
+        UsageError: where there is none, or it cannot be read.
+
+    """
+    path = path.expanduser()
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in (".txt", ".jsonl"))
+        if not files:
+            raise UsageError(f"--text {path}: no .txt or .jsonl in that folder; give other text")
+    else:
+        files = [path]
+    texts: list[str] = []
+    for file in files:
+        try:
+            content = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"--text {file}: cannot be read ({error}); give other text") from error
+        texts += [content] if file.suffix != ".jsonl" else _json_lines(file, content)
+    return texts
+
+
+def _json_lines(file: Path, content: str) -> Iterator[str]:
+    for number, line in enumerate(content.strip().split("\n"), 1):
+        try:
+            text = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(f'--text {file}: line {number} is no JSON object with "text"; mend it') from error
+        yield str(text)
+
+
+def cut(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, tokens: int, length: int, seed: int
+) -> torch.Tensor:
+    """`[tokens // length, length]`: passages that do not overlap, from all over the texts, the same for the same seed.
+
+    Each begins with the token that the tokenizer begins every text with, where it has one.
+
+    Raises:
+        UsageError: where the texts, or those of them that are long enough, hold fewer.
+
+    """
+    if tokens < length:
+        raise UsageError(f"--tokens {tokens} is less than one passage of {length}; raise it, or lower --length")
+    chosen = random.Random(seed)
+    first = tokenizer("").input_ids[:1]
+    first = first if first == [tokenizer.bos_token_id] else []
+    size = length - len(first)
+    found: list[list[int]] = []
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        spare = len(ids) - size
+        if spare >= 0:
+            found += [first + ids[at : at + size] for at in range(chosen.randint(0, min(spare, size)), spare + 1, size)]
+    if len(found) < tokens // length:
+        raise UsageError(
+            f"the text has {len(found)} passages of {length} tokens, fewer than the {tokens // length} of "
+            f"--tokens {tokens}; give more text, or lower --tokens or --length"
+        )
+    return torch.tensor(chosen.sample(found, tokens // length))
+
+
+def _check(config: PretrainedConfig, plan: AttentionPlan, length: int) -> None:
+    """What would fail, or be fitted wrongly, long after the start."""
+    longest = getattr(config, "max_position_embeddings", None) or length
+    if length > longest:
+        raise UsageError(f"--length {length}: the model takes {longest} tokens; lower it")
+    kinds = getattr(config, "layer_types", None)
+    sliding = getattr(config, "sliding_window", None)
+    for layer in plan.fitted:
+        window, rank = plan.layers[layer].window, plan.layers[layer].rank
+        if window is not None and sliding and (kinds is None or kinds[layer] == "sliding_attention"):
+            raise UsageError(
+                f"window {window} on layer {layer}: the model gives that layer a sliding window of {sliding} already; "
+                "leave it full"
+            )
+        if rank is not None and rank >= config.hidden_size:
+            raise UsageError(f"--rank {rank}: a full map has {config.hidden_size}; give less, or leave it out")
+
+
+def load(folder: Path) -> PreTrainedModel:
+    """The model in its own type, on the CPU, with an attention function that shows what it attends with.
+
+    Raises:
+        UsageError: for weights that transformers cannot read in full, as most quantized ones.
+
+    """
+    AttentionInterface.register(ATTENTION, _attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    settings: dict[str, Any] = {"dtype": "auto", "attn_implementation": ATTENTION, "output_loading_info": True}
+    quantization = getattr(AutoConfig.from_pretrained(folder), "quantization_config", None)
+    if quantization is not None:
+        method = quantization["quant_method"]
+        if method != "compressed-tensors":
+            raise UsageError(f"model {folder}: cannot be fitted with {method} weights; plan what it was quantized from")
+        settings["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+    loading: Any = AutoModelForCausalLM.from_pretrained(folder, **settings)
+    model, loaded = loading
+    if loaded["missing_keys"]:
+        raise UsageError(f"model {folder}: transformers finds no weights for {min(loaded['missing_keys'])}; convert it")
+    return model
+
+
+def fit_passages(
+    model: PreTrainedModel, family: Family, plan: AttentionPlan, passages: torch.Tensor
+) -> tuple[dict[str, torch.Tensor], dict[int, float]]:
+    """The fitted tensors by name, and by layer how far its output is from the attention's, as a part of that.
+
+    `passages` are `[num_passages, length]`. The model is one of `load`'s, and is used up: layers that are done with are
+    emptied.
+
+    Raises:
+        UsageError: for a window on a layer with learned sinks of its own.
+
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    decoder: Any = model.model
+    layers = decoder.layers
+    last = plan.fitted[-1]
+    tensors: dict[str, torch.Tensor] = {}
+    errors: dict[int, float] = {}
+    with torch.no_grad(), _progress() as progress:
+        task = progress.add_task("embeddings", total=(2 + last + len(plan.fitted)) * len(passages))
+        stream = Stream(decoder, passages.to(device), lambda: progress.advance(task))
+        for number in range(last + 1):
+            layer_plan = plan.layers[number]
+            progress.update(task, description=f"layer {number} of 0-{last}: {layer_plan.kind}")
+            layer = layers[number].to(device, torch.float32)
+            attention = getattr(layer, family.attention)
+            made: dict[str, torch.Tensor] = {}
+            if layer_plan.window is not None:
+                sinks = Sinks(layer_plan.window)
+                with _attending(attention, sinks):
+                    stream.run(number, layer)
+                made = sinks.solve()
+                setattr(layer, family.attention, Windowed(attention, layer_plan.window, **made))
+            elif layer_plan.kind == "skip":
+                if layer_plan.fitted:
+                    moments = Moments(layer_plan)
+                    hook = attention.register_forward_hook(moments, with_kwargs=True)
+                    stream.run(number, layer)
+                    hook.remove()
+                    made = moments.solve(model.dtype)
+                setattr(layer, family.attention, Skipped(**made))
+            error = Error(attention)
+            if made:
+                getattr(layer, family.attention).register_forward_hook(error, with_kwargs=True)
+            stream.run(number, layer)
+            if made:
+                errors[number] = error.relative
+                tensors |= {tensor_name(number, name): tensor.cpu().contiguous() for name, tensor in made.items()}
+            layer.to("meta")
+    return tensors, errors
+
+
+class Stream:
+    """The hidden states that enter a layer, `[num_passages, length, hidden_size]` on disk, taken up layer by layer."""
+
+    def __init__(self, decoder: Any, passages: torch.Tensor, done: Callable[[], None]) -> None:
+        self.done = done
+        layers = decoder.layers
+        # What the model gives its layers beside the stream is the same for all passages: their length is.
+        self.calls = [Call() for _ in layers]
+        decoder.layers = nn.ModuleList(self.calls)
+        decoder.to(passages.device, torch.float32)
+        for number, passage in enumerate(passages):
+            decoder(passage[None], use_cache=False)
+            entered = self.calls[0].hidden_states[0]
+            if number == 0:
+                self.hidden_states = _on_disk(len(passages), *entered.shape)
+            self.hidden_states[number] = entered
+            done()
+        decoder.layers = layers
+
+    def run(self, number: int, layer: nn.Module) -> None:
+        """Take the stream through a layer; a passage whose run ends with `Seen` stays where it is."""
+        call = self.calls[number]
+        for hidden_states in self.hidden_states:
+            with suppress(Seen):
+                left = layer(hidden_states[None].to(call.hidden_states.device), *call.args, **call.kwargs)
+                hidden_states.copy_((left if isinstance(left, torch.Tensor) else left[0])[0])
+            self.done()
+
+
+class Call(nn.Module):
+    """Takes a layer's place, and keeps what it is called with."""
+
+    hidden_states: torch.Tensor
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Hand on the stream as it is."""
+        self.hidden_states, self.args, self.kwargs = hidden_states, args, kwargs
+        return hidden_states
+
+
+class Seen(Exception):  # noqa: N818 - no error
+    """Ends a layer's run where all that was to be seen of it has been seen."""
+
+
+class Sinks:
+    """The constant sink of a window layer, collected in the place of its attention function."""
+
+    def __init__(self, window: int) -> None:
+        self.window = window
+        self.passages = self.queries = 0
+        self.logit = self.value = torch.zeros(())
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float,
+        softcap: float | None = None,
+        s_aux: torch.Tensor | None = None,
+        **unused: Any,
+    ) -> NoReturn:
+        """See the first token as the queries out of whose window it lies do, or all where it never does.
+
+        `query` is `[1, num_heads, length, head_size]`, `key` and `value` `[1, num_kv_heads, length, head_size]`.
+        """
+        if s_aux is not None:
+            raise UsageError(f"window {self.window}: the model has learned sinks of its own; leave its layers full")
+        far = query[0, :, self.window :] if query.shape[2] > self.window else query[0]
+        first = key[0, :, 0].repeat_interleave(query.shape[1] // key.shape[1], 0)  # [num_heads, head_size]
+        logits = _capped(far @ first[:, :, None] * scaling, softcap)  # [num_heads, num_queries, 1]
+        self.logit = self.logit.to(logits) + logits.sum((1, 2))
+        self.value = self.value.to(value) + value[0, :, 0]
+        self.queries += far.shape[1]
+        self.passages += 1
+        raise Seen
+
+    def solve(self) -> dict[str, torch.Tensor]:
+        """`sink_logit` `[num_heads]` and `sink_value` `[num_kv_heads, head_size]`: the means."""
+        return {"sink_logit": self.logit / self.queries, "sink_value": self.value / self.passages}
+
+
+class Moments:
+    """What every consolidation follows from, collected by a forward hook of the attention: sums over its inputs x and
+    its outputs y.
+    """
+
+    def __init__(self, plan: LayerPlan) -> None:
+        self.plan = plan
+        self.rows = 0
+        self.x = self.y = self.xx = self.xy = torch.zeros((), dtype=torch.float64)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> NoReturn:
+        """Add up a passage: `[1, length, hidden_size]` in and out."""
+        x = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])[0].double()
+        y = output[0][0].double()
+        self.rows += len(x)
+        self.y = self.y.to(y.device) + y.sum(0)
+        if self.plan.consolidation == "linear":
+            self.x = self.x.to(x.device) + x.sum(0)
+            self.xx = self.xx.to(x.device) + x.T @ x
+            self.xy = self.xy.to(x.device) + x.T @ y
+        raise Seen
+
+    def solve(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Ridge regression of y on x with an intercept, and of reduced rank where the plan has one; in `dtype`."""
+        y = self.y / self.rows
+        if self.plan.consolidation == "bias":
+            return {"bias": y.to(dtype)}
+        x = self.x / self.rows
+        xx = self.xx / self.rows - x.outer(x)  # the covariances
+        xy = self.xy / self.rows - x.outer(y)
+        xx.diagonal().add_(RIDGE * xx.diagonal().mean())
+        weight = torch.linalg.solve(xx, xy).T  # [hidden_size, hidden_size]
+        if self.plan.rank is None:
+            made = {"weight": weight.to(dtype)}
+            weight = made["weight"].double()
+        else:  # the directions in which the full map's outputs vary most
+            up = torch.linalg.eigh(weight @ xy).eigenvectors[:, -self.plan.rank :]
+            made = {"down": (up.T @ weight).to(dtype), "up": up.to(dtype)}
+            weight = made["up"].double() @ made["down"].double()
+        # After rounding, so that the mean stays exact.
+        return made | {"bias": (y - weight @ x).to(dtype)}
+
+
+class Windowed(nn.Module):
+    """Takes an attention's place: the same with a window and a constant sink."""
+
+    def __init__(self, attention: nn.Module, window: int, sink_logit: torch.Tensor, sink_value: torch.Tensor) -> None:
+        super().__init__()
+        self.attention = attention
+        self.settings: dict[str, Any] = {"window": window, "sink_logit": sink_logit, "sink_value": sink_value}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the attention's."""
+        with _attending(self.attention, self.attend):
+            return self.attention(*args, **kwargs)
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float,
+        softcap: float | None = None,
+        **unused: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """As transformers' attention functions; the mask is the causal one, since every passage is whole."""
+        return sink_attention(query, key, value, scaling=scaling, softcap=softcap, **self.settings), None
+
+
+class Skipped(nn.Module):
+    """Takes an attention's place: nothing, a constant vector, or a linear map of its input."""
+
+    def __init__(self, **made: torch.Tensor) -> None:
+        super().__init__()
+        self.made = {name: tensor.float() for name, tensor in made.items()}
+
+    def forward(self, hidden_states: torch.Tensor, *unused_args: Any, **unused: Any) -> tuple[torch.Tensor, None]:
+        """As the attention's: `[1, length, hidden_size]` to the same."""
+        added = torch.zeros_like(hidden_states)
+        if "weight" in self.made:
+            added = hidden_states @ self.made["weight"].T
+        elif "down" in self.made:
+            added = hidden_states @ self.made["down"].T @ self.made["up"].T
+        return added + self.made.get("bias", 0), None
+
+
+class Error:
+    """How far a module's outputs are from those of the attention that it stands for, given the same input."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        self.attention = attention
+        self.missed = self.whole = 0.0
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """A forward hook."""
+        wanted = self.attention(*args, **kwargs)[0]
+        self.missed += (output[0] - wanted).square().sum().item()
+        self.whole += wanted.square().sum().item()
+
+    @property
+    def relative(self) -> float:
+        """The root of the squared error by the squared output."""
+        return math.sqrt(self.missed / self.whole)
+
+
+def sink_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    window: int,
+    sink_logit: torch.Tensor,
+    sink_value: torch.Tensor,
+    scaling: float,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Attention to the last `window` tokens, the token itself included, and to a constant sink; `window` tokens and
+    `QUERIES_AT_ONCE` queries at a time.
+
+    `query` is `[batch, num_heads, length, head_size]`, `key` and `value` `[batch, num_kv_heads, length, head_size]`,
+    `sink_logit` `[num_heads]`, `sink_value` `[num_kv_heads, head_size]`; returns `[batch, length, num_heads,
+    head_size]`, as transformers' attention functions do.
+    """
+    groups = query.shape[1] // key.shape[1]
+    outputs = []
+    for start in range(0, query.shape[2], QUERIES_AT_ONCE):
+        queries = query[:, :, start : start + QUERIES_AT_ONCE]
+        end = start + queries.shape[2]
+        first = max(0, start - window + 1)
+        keys, values = (part[:, :, first:end].repeat_interleave(groups, 1) for part in (key, value))
+        scores = _capped(queries @ keys.transpose(2, 3) * scaling, softcap)
+        behind = torch.arange(start, end, device=query.device)[:, None] - torch.arange(first, end, device=query.device)
+        scores = scores.masked_fill((behind < 0) | (behind >= window), -torch.inf)
+        sink = sink_logit[:, None, None].expand(*scores.shape[:-1], 1)
+        weights = torch.cat([scores, sink], -1).softmax(-1)
+        outputs.append(
+            weights[..., :-1] @ values + weights[..., -1:] * sink_value.repeat_interleave(groups, 0)[:, None]
+        )
+    return torch.cat(outputs, 2).transpose(1, 2)
+
+
+def _attention(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    """The attention function of the model that is fitted: a layer's own where it is given one."""
+    own = getattr(module, "attend", _stock_attention)
+    return own(module, query, key, value, *args, **kwargs)
+
+
+def _stock_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """The model's own. PyTorch's knows neither a soft cap nor sinks."""
+    if softcap is None and s_aux is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    heads, length = query.shape[1:3]
+    return sink_attention(
+        query,
+        key,
+        value,
+        window=kwargs.get("sliding_window") or length,
+        sink_logit=query.new_full((heads,), -torch.inf) if s_aux is None else s_aux,
+        sink_value=value.new_zeros(value.shape[1], value.shape[3]),
+        scaling=kwargs["scaling"],
+        softcap=softcap,
+    ), None
+
+
+def _capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    return logits if softcap is None else (logits / softcap).tanh() * softcap
+
+
+@contextmanager
+def _attending(attention: Any, attend: Callable[..., Any]) -> Iterator[None]:
+    """Give an attention another attention function."""
+    attention.attend = attend
+    try:
+        yield
+    finally:
+        del attention.attend
+
+
+def _on_disk(*shape: int) -> torch.Tensor:
+    """Room for float32 in a file without a name, which goes when the tensor goes, however the process ends."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = str(Path(folder) / "hidden_states")
+        return torch.from_file(file, shared=True, size=math.prod(shape), dtype=torch.float32).view(shape)
+
+
+def _progress() -> Progress:
+    """On stderr."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True))

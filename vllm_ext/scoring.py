@@ -1,0 +1,130 @@
+"""What `vllm-ext quality` runs inside an engine's process: texts scored, and prompts answered, by the real engine.
+
+Prompts are scored through `prompt_logprobs`. Continuations are scored too, token by token as if the engine had chosen
+them itself: a logits processor forces the text's next token, while vLLM reports the log-probabilities from before it.
+So plans that treat prompt tokens and generated ones differently are measured the way they are used.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from vllm import LLM, RequestOutput, SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
+
+from vllm_ext.figures import Scored
+from vllm_ext.quality import MAX_TOKENS, Replies, Work
+
+FORCED = "vllm_ext_forced_tokens"
+GROUP_TOKENS = 16_384
+"""Prompt tokens handed to the engine at once, so that progress is seen."""
+
+
+class ForceTokens(AdapterLogitsProcessor):
+    """Makes a request's answer the tokens it names in `extra_args`."""
+
+    def is_argmax_invariant(self) -> bool:
+        """It decides what is chosen."""
+        return False
+
+    def new_req_logits_processor(self, params: SamplingParams) -> Callable[..., torch.Tensor] | None:
+        """Of requests that name such tokens."""
+        forced = (params.extra_args or {}).get(FORCED)
+        if forced is None:
+            return None
+
+        def force(output_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+            """`logits` is a row, `[vocab_size]`."""
+            token = forced[len(output_ids)]
+            logits.fill_(-torch.inf)
+            logits[token] = 0
+            return logits
+
+        return force
+
+
+def reply(
+    vllm_args: Sequence[str], overrides: dict[str, Any], work: Work, with_prompts: bool, done: Callable[[int], None]
+) -> Replies:
+    """Start the engine that `vllm_args` describe, do all the work and end it; `done` is told of the tokens done.
+
+    `with_prompts` is whether the model can say anything of prompt tokens.
+    """
+    args = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(list(vllm_args))
+    args.hf_overrides = {**(args.hf_overrides or {}), **overrides}
+    args.logits_processors = [*(args.logits_processors or []), f"{ForceTokens.__module__}:{ForceTokens.__name__}"]
+    llm = LLM.from_engine_args(EngineArgs.from_cli_args(args))
+    try:
+        replies = Replies()
+        for length, passages in work.passages.items():
+            if with_prompts:
+                replies.prompts[length] = score_prompts(llm, passages, done)
+            replies.answers[length] = score_answers(llm, passages, work.answer_tokens(length), done)
+        for name, prompts in work.prompts.items():
+            replies.generated[name] = generate(llm, prompts, MAX_TOKENS[name], done)
+        return replies
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+def score_prompts(llm: LLM, passages: list[list[int]], done: Callable[[int], None]) -> list[Scored]:
+    """Each passage's tokens after the first, as prompt tokens."""
+    sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1, detokenize=False)
+    return [
+        _scored((output.prompt_logprobs or [])[1:], passage[1:])
+        for passage, output in _outputs(llm, passages, [sampling] * len(passages), done)
+    ]
+
+
+def score_answers(llm: LLM, passages: list[list[int]], tokens: int, done: Callable[[int], None]) -> list[Scored]:
+    """Each passage's last `tokens`, as if they were generated after the rest."""
+    sampling = [
+        SamplingParams(
+            temperature=0,
+            max_tokens=tokens,
+            ignore_eos=True,
+            logprobs=1,
+            detokenize=False,
+            extra_args={FORCED: passage[-tokens:]},
+        )
+        for passage in passages
+    ]
+    prompts = [passage[:-tokens] for passage in passages]
+    scored = [
+        _scored(output.outputs[0].logprobs, passage[-tokens:])
+        for passage, (_, output) in zip(passages, _outputs(llm, prompts, sampling, done), strict=True)
+    ]
+    # Frozen layers keep other K and V of generated tokens than of prompt tokens: no later prompt may find these.
+    llm.reset_prefix_cache()
+    return scored
+
+
+def generate(llm: LLM, prompts: list[list[int]], tokens: int, done: Callable[[int], None]) -> list[list[int]]:
+    """Greedy answers of up to `tokens`."""
+    sampling = SamplingParams(temperature=0, max_tokens=tokens, detokenize=False)
+    return [list(output.outputs[0].token_ids) for _, output in _outputs(llm, prompts, [sampling] * len(prompts), done)]
+
+
+def _outputs(
+    llm: LLM, prompts: list[list[int]], sampling: list[SamplingParams], done: Callable[[int], None]
+) -> Iterator[tuple[list[int], RequestOutput]]:
+    """Each prompt with its output, some prompts at a time."""
+    start = 0
+    while start < len(prompts):
+        end = start + max(1, GROUP_TOKENS // max(map(len, prompts)))
+        group = prompts[start:end]
+        outputs = llm.generate(group, sampling[start:end], use_tqdm=False)
+        done(sum(map(len, group)))
+        yield from zip(group, outputs, strict=True)
+        start = end
+
+
+def _scored(positions: Any, tokens: list[int]) -> Scored:
+    """From vLLM's log-probabilities of the top token and the text's, in each place."""
+    return Scored(
+        [position[token].logprob for position, token in zip(positions, tokens, strict=True)],
+        # Of two that tie, vLLM ranks the one it takes for the first as 1.
+        [min(position, key=lambda token: position[token].rank) for position in positions],
+    )
