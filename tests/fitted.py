@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from vllm_ext.fit import Fit
 
 from model_executors.attention_plan import LayerPlan, tensor_name
 from vllm_ext.checkpoint import Checkpoint, write_planned
+from vllm_ext.fit import Fit
 
 
 def write_random(stock: Path, out: Path, changes: Mapping[int, LayerPlan]) -> Path:

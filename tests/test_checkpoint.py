@@ -185,6 +185,13 @@ def test_refuses_a_folder_that_exists(llama, tmp_path):
         write_planned(source, source.planned({5: SKIP}), tmp_path / "out")
 
 
+def test_refuses_a_folder_that_cannot_be_made(llama, tmp_path):
+    (tmp_path / "file").write_text("")
+    source = opened(llama)
+    with pytest.raises(UsageError, match="no folder can be made in .*file; choose another"):
+        write_planned(source, source.planned({5: SKIP}), tmp_path / "file" / "out")
+
+
 def test_refuses_to_plan_a_planned_checkpoint(llama, tmp_path):
     source = opened(llama)
     write_planned(source, source.planned({5: SKIP}), tmp_path / "out")

@@ -240,14 +240,14 @@ def write_planned(source: Checkpoint, plan: AttentionPlan, out: Path, fit: "Fit 
     The folder appears under its name only when it is complete.
 
     Raises:
-        UsageError: where `out` exists or the source's weights are not whole.
+        UsageError: where `out` exists or cannot be written, or the source's weights are not whole.
 
     """
     from safetensors.torch import save_file
 
     assert source.folder is not None
     assert source.fitted_shapes(plan).keys() == (fit.tensors.keys() if fit is not None else set())
-    check_absent(out)
+    check_out(out)
     changed = source._changed_config(plan)
     with complete_folder(out) as building:
         weight_map, dropped = _write_weights(source, plan, building)
@@ -265,10 +265,13 @@ def write_planned(source: Checkpoint, plan: AttentionPlan, out: Path, fit: "Fit 
         (building / CONFIG).write_text(json.dumps(source.config | changed, indent=2) + "\n")
 
 
-def check_absent(out: Path) -> None:
-    """Raise UsageError where the folder to write exists."""
+def check_out(out: Path) -> None:
+    """Raise UsageError where the folder to write exists already, or cannot be written."""
     if out.exists():
         raise UsageError(f"--out {out}: it exists already; choose another folder or remove it")
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UsageError(f"--out {out}: no folder can be made in {above}; choose another")
 
 
 @contextmanager

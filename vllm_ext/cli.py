@@ -63,16 +63,17 @@ def plan(
 
     Windows and consolidation are fitted to the model on text first, which takes minutes for a small one.
     """
-    from vllm_ext.checkpoint import Checkpoint, check_absent, write_planned
+    from vllm_ext.checkpoint import Checkpoint, check_out, write_planned
     from vllm_ext.layers import layer_plans
 
     if skip is window is freeze is None:
         raise UsageError("plan needs --skip, --window or --freeze; say which layers to change")
     changes = layer_plans(skip, window, freeze, consolidation, rank)
     out = out.expanduser()
-    check_absent(out)
+    check_out(out)
     checkpoint = Checkpoint.open(model, weights=True)
     attention_plan = checkpoint.planned(changes)
+    checkpoint.check_weights()
     fitted = None
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing half-written is left
     if attention_plan.fitted:
