@@ -188,7 +188,7 @@ def test_refuses_a_folder_that_exists(llama, tmp_path):
 def test_refuses_a_folder_that_cannot_be_made(llama, tmp_path):
     (tmp_path / "file").write_text("")
     source = opened(llama)
-    with pytest.raises(UsageError, match="no folder can be made in .*file; choose another"):
+    with pytest.raises(UsageError, match=r"no folder can be made in .*file; choose another"):
         write_planned(source, source.planned({5: SKIP}), tmp_path / "file" / "out")
 
 
