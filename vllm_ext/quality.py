@@ -324,11 +324,12 @@ def _reply(
             engine.join()
             message = Failure(f"the engine ended with exit code {engine.exitcode}; the end of its log is above", True)
         finally:
-            if message is None:  # interrupted
+            assert engine.pid is not None
+            if not isinstance(message, Replies | Failure):  # interrupted
                 engine.terminate()
             engine.join(STOP_SECONDS)
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(engine.pid or 0, signal.SIGKILL)  # its workers
+                os.killpg(engine.pid, signal.SIGKILL)  # its workers
             engine.join()
         if isinstance(message, Failure):
             if message.with_log:
@@ -350,8 +351,8 @@ def _engine(
     """The process: sends numbers of tokens done, and at last its replies or why there are none."""
     os.setsid()  # so that its workers can be found, and Ctrl-C in the terminal does not reach it
     with Path(log).open("w") as file:
-        os.dup2(file.fileno(), sys.stdout.fileno())
-        os.dup2(file.fileno(), sys.stderr.fileno())
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # this process is the engine's own already
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
