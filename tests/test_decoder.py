@@ -1,4 +1,4 @@
-"""Planned models in vLLM against the plain reference, family by family."""
+"""Planned models in vLLM against the plain reference; tests/test_families.py has one test of every family."""
 
 import pytest
 
@@ -21,7 +21,7 @@ def test_every_family_has_a_tiny_model():
 
 
 @pytest.mark.parametrize("skip", PLANS.values(), ids=PLANS)
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3", "Phi3"])
 def test_equals_the_reference(tiny_models, family, skip):
     folder = tiny_models(family)
     reference = Reference(folder, skipping(skip))
