@@ -1,6 +1,8 @@
 """The slow, obvious version: transformers, one whole forward pass a token, every attention written out in full."""
 
 from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -93,6 +95,21 @@ class Reference:
     def logprobs(self, tokens: list[int]) -> torch.Tensor:
         """`[num_tokens, vocab_size]`; where layers are frozen, only those from the prompt's last on mean anything."""
         return self.model(torch.tensor([tokens]), use_cache=False).logits[0].float().log_softmax(-1)
+
+
+def answers_apart(
+    asked: list[tuple[Path, Mapping[int, LayerPlan]]], prompts: list[list[int]], max_tokens: int
+) -> list[list[Answer]]:
+    """What references answer in a process of their own: vLLM's Transformers backend changes transformers' classes."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_answers, asked, prompts, max_tokens).result()
+
+
+def _answers(
+    asked: list[tuple[Path, Mapping[int, LayerPlan]]], prompts: list[list[int]], max_tokens: int
+) -> list[list[Answer]]:
+    references = [Reference(folder, changes) for folder, changes in asked]
+    return [[reference.answer(prompt, max_tokens) for prompt in prompts] for reference in references]
 
 
 class Skipped(nn.Module):

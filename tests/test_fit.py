@@ -334,12 +334,6 @@ def test_refuses_a_plan_that_does_not_fit_the_model(tiny_models, family, layer, 
         fit(source, source.planned({layer: plan}), [TEXT], tokens=320, length=32, seed=0)
 
 
-def test_refuses_a_window_where_the_model_has_learned_sinks(tiny_models):
-    source = Checkpoint.open(str(tiny_models("GraniteSWA")), weights=True)
-    with pytest.raises(UsageError, match="the model has learned sinks of its own; leave its layers full"):
-        fit_passages(load(source.folder), source.family, source.planned({1: CHANGES[1]}), passages(2, 16))
-
-
 def quantized_and_plain(stock, folder, **changes):
     """The two checkpoints that `write_quantized` writes, the first as quantizing tools write it but for `changes`."""
     write_quantized(stock, folder / "quantized", folder / "plain")

@@ -6,7 +6,7 @@ from model_executors.attention_plan import LayerPlan
 from tests.answers import assert_same
 from tests.engines import NEW_TOKENS, answers, engine, runner, skipping
 from tests.fitted import write_random
-from tests.reference import Reference
+from tests.reference import answers_apart
 from tests.tiny import NUM_LAYERS, prompts
 
 PLANS = {
@@ -24,19 +24,25 @@ PLANS = {
 }
 
 
+@pytest.fixture(scope="module")
+def planned(tiny_models, tmp_path_factory):
+    """The folder of each plan, and what the reference answers."""
+    root = tmp_path_factory.mktemp("olmo2")
+    folders = {name: write_random(tiny_models("Olmo2"), root / name, plan) for name, plan in PLANS.items()}
+    expected = answers_apart([(folders[name], PLANS[name]) for name in PLANS], prompts(), NEW_TOKENS)
+    return {name: (folders[name], answer) for name, answer in zip(PLANS, expected, strict=True)}
+
+
 @pytest.mark.parametrize("name", PLANS)
-def test_equals_the_reference(tiny_models, tmp_path, name):
-    folder = write_random(tiny_models("Olmo2"), tmp_path / "planned", PLANS[name])
-    reference = Reference(folder, PLANS[name])
+def test_equals_the_reference(planned, name):
+    folder, expected = planned[name]
     with engine(folder) as llm:
-        assert_same(answers(llm, prompts()), [reference.answer(prompt, NEW_TOKENS) for prompt in prompts()])
+        assert_same(answers(llm, prompts()), expected)
 
 
-def test_compiled_equals_the_reference(tiny_models, tmp_path):
-    folder = write_random(tiny_models("Olmo2"), tmp_path / "planned", PLANS["every kind"])
-    reference = Reference(folder, PLANS["every kind"])
-    with engine(folder, enforce_eager=False) as llm:
-        assert_same(answers(llm, prompts()), [reference.answer(prompt, NEW_TOKENS) for prompt in prompts()])
+def test_refuses_to_be_compiled(planned):
+    with pytest.raises(ValueError, match="add --enforce-eager"), engine(planned["tail"][0], enforce_eager=False):
+        pass
 
 
 def test_skipped_layers_hold_no_cache_and_no_weights(tiny_models):

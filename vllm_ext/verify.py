@@ -15,6 +15,7 @@ from model_executors.families import Family, family_of
 # Speculation that reads tokens only. The other methods read hidden states of every position, which the layers above
 # do not see.
 TOKEN_SPECULATION = ("ngram", "ngram_gpu", "suffix", "draft_model", "custom_class")
+TRANSFORMERS = "model_executors.transformers_decoder"
 
 
 class AttentionPlanConfig(VerifyAndUpdateConfig):
@@ -43,6 +44,11 @@ def _problems(plan: AttentionPlan, family: Family, vllm_config: VllmConfig) -> I
             kinds = ", ".join(family.kinds)
             yield f"layer {layer} is {layer_plan.kind}, which {family.architecture} cannot be; use one of {kinds}"
     model_config, parallel_config = vllm_config.model_config, vllm_config.parallel_config
+    if family.module == TRANSFORMERS and not model_config.enforce_eager:
+        yield (
+            f"{family.architecture} runs on vLLM's Transformers backend, with which a planned model fails to compile; "
+            "add --enforce-eager"
+        )
     offload = vllm_config.offload_config
     if plan.skipped and (offload.uva.cpu_offload_gb > 0 or offload.prefetch.offload_group_size > 0):
         yield "weight offloading does not work with an attention plan; drop --cpu-offload-gb and the like"
