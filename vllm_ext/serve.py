@@ -9,6 +9,8 @@ import socket
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import psutil
+
 from model_executors.attention_plan import LayerPlan
 from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.errors import UsageError
@@ -83,10 +85,16 @@ def check_listening(vllm_args: Sequence[str]) -> None:
         return
     if not 0 < args.port < 2**16:
         raise UsageError(f"--port {args.port}: no such port; choose one of 1-65535")
+    # A server that is still starting holds its port without listening, which only a strict bind notices. That one also
+    # minds the connections of a server that has ended, for a minute.
+    lingering = any(
+        connection.laddr.port == args.port and connection.status == psutil.CONN_TIME_WAIT
+        for connection in psutil.net_connections("tcp")
+    )
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, lingering)
             probe.bind(address)
     except OSError as error:
         raise UsageError(
