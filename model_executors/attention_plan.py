@@ -192,6 +192,17 @@ class AttentionPlan:
         return self.tail_start < len(self.layers)
 
 
+def tensors_of(plan: LayerPlan) -> tuple[str, ...]:
+    """Which fitted tensors a layer has; `tensor_name` tells their shapes."""
+    if plan.window is not None:
+        return ("sink_logit", "sink_value")
+    if plan.consolidation == "none":
+        return ()
+    if plan.consolidation == "bias":
+        return ("bias",)
+    return ("weight", "bias") if plan.rank is None else ("down", "up", "bias")
+
+
 def tensor_name(layer: int, name: str) -> str:
     """What the fitted tensor of a layer is called in a checkpoint.
 

@@ -12,7 +12,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from model_executors.attention_plan import ARCHITECTURE_PREFIX, CONFIG_KEY, AttentionPlan, LayerPlan, tensor_name
+from model_executors.attention_plan import (
+    ARCHITECTURE_PREFIX,
+    CONFIG_KEY,
+    AttentionPlan,
+    LayerPlan,
+    tensor_name,
+    tensors_of,
+)
 from model_executors.families import Family, family_of
 from vllm_ext.errors import UsageError
 
@@ -163,17 +170,16 @@ class Checkpoint:
         )
         shapes: dict[str, tuple[int | None, ...]] = {}
         for layer in plan.fitted:
-            layer_plan = plan.layers[layer]
-            if layer_plan.window is not None:
-                tensors = {"sink_logit": (heads,), "sink_value": (kv_heads, head_size)}
-            elif layer_plan.consolidation == "bias":
-                tensors = {"bias": (hidden,)}
-            elif layer_plan.rank is None:
-                tensors = {"bias": (hidden,), "weight": (hidden, hidden)}
-            else:
-                rank = layer_plan.rank
-                tensors = {"bias": (hidden,), "down": (rank, hidden), "up": (hidden, rank)}
-            shapes |= {tensor_name(layer, name): shape for name, shape in tensors.items()}
+            rank = plan.layers[layer].rank
+            sizes = {
+                "sink_logit": (heads,),
+                "sink_value": (kv_heads, head_size),
+                "bias": (hidden,),
+                "weight": (hidden, hidden),
+                "down": (rank, hidden),
+                "up": (hidden, rank),
+            }
+            shapes |= {tensor_name(layer, name): sizes[name] for name in tensors_of(plan.layers[layer])}
         return shapes
 
     @cached_property

@@ -12,7 +12,7 @@ import math
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,29 +22,16 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    CompressedTensorsConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from model_executors.attention_plan import AttentionPlan, LayerPlan, tensor_name
 from model_executors.families import Family
 from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.errors import UsageError
+from vllm_ext.offline import Call, Seen, Skipped, Windowed, attending, capped, load
 
-ATTENTION = "vllm_ext_fit"
 RIDGE = 1e-3
 """Added to the diagonal of the inputs' covariance, as a part of its mean."""
-QUERIES_AT_ONCE = 128
 
 
 @dataclass(frozen=True)
@@ -178,29 +165,6 @@ def _check(config: PretrainedConfig, plan: AttentionPlan, length: int) -> None:
             raise UsageError(f"--rank {rank}: a full map has {config.hidden_size}; give less, or leave it out")
 
 
-def load(folder: Path) -> PreTrainedModel:
-    """The model in its own type, on the CPU, with an attention function that shows what it attends with.
-
-    Raises:
-        UsageError: for weights that transformers cannot read in full, as most quantized ones.
-
-    """
-    AttentionInterface.register(ATTENTION, _attention)
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-    settings: dict[str, Any] = {"dtype": "auto", "attn_implementation": ATTENTION, "output_loading_info": True}
-    quantization = getattr(AutoConfig.from_pretrained(folder), "quantization_config", None)
-    if quantization is not None:
-        method = quantization["quant_method"]
-        if method != "compressed-tensors":
-            raise UsageError(f"model {folder}: cannot be fitted with {method} weights; plan what it was quantized from")
-        settings["quantization_config"] = CompressedTensorsConfig(dequantize=True)
-    loading: Any = AutoModelForCausalLM.from_pretrained(folder, **settings)
-    model, loaded = loading
-    if loaded["missing_keys"]:
-        raise UsageError(f"model {folder}: transformers finds no weights for {min(loaded['missing_keys'])}; convert it")
-    return model
-
-
 def fit_passages(
     model: PreTrainedModel, family: Family, plan: AttentionPlan, passages: torch.Tensor
 ) -> tuple[dict[str, torch.Tensor], dict[int, float]]:
@@ -208,10 +172,6 @@ def fit_passages(
 
     `passages` are `[num_passages, length]`. The model is one of `load`'s, and is used up: layers that are done with are
     emptied.
-
-    Raises:
-        UsageError: for a window on a layer with learned sinks of its own.
-
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     decoder: Any = model.model
@@ -230,7 +190,7 @@ def fit_passages(
             made: dict[str, torch.Tensor] = {}
             if layer_plan.window is not None:
                 sinks = Sinks(layer_plan.window)
-                with _attending(attention, sinks):
+                with attending(attention, sinks):
                     stream.run(number, layer)
                 made = sinks.solve()
                 setattr(layer, family.attention, Windowed(attention, layer_plan.window, **made))
@@ -277,24 +237,8 @@ class Stream:
         call = self.calls[number]
         for hidden_states in self.hidden_states:
             with suppress(Seen):
-                left = layer(hidden_states[None].to(call.hidden_states.device), *call.args, **call.kwargs)
-                hidden_states.copy_((left if isinstance(left, torch.Tensor) else left[0])[0])
+                hidden_states.copy_(call.through(layer, hidden_states[None].to(call.hidden_states.device))[0])
             self.done()
-
-
-class Call(nn.Module):
-    """Takes a layer's place, and keeps what it is called with."""
-
-    hidden_states: torch.Tensor
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Hand on the stream as it is."""
-        self.hidden_states, self.args, self.kwargs = hidden_states, args, kwargs
-        return hidden_states
-
-
-class Seen(Exception):  # noqa: N818 - no error
-    """Ends a layer's run where all that was to be seen of it has been seen."""
 
 
 class Sinks:
@@ -314,18 +258,16 @@ class Sinks:
         attention_mask: torch.Tensor | None,
         scaling: float,
         softcap: float | None = None,
-        s_aux: torch.Tensor | None = None,
         **unused: Any,
     ) -> NoReturn:
         """See the first token as the queries out of whose window it lies do, or all where it never does.
 
         `query` is `[1, num_heads, length, head_size]`, `key` and `value` `[1, num_kv_heads, length, head_size]`.
         """
-        if s_aux is not None:
-            raise UsageError(f"window {self.window}: the model has learned sinks of its own; leave its layers full")
+        query, key, value = query.float(), key.float(), value.float()
         far = query[0, :, self.window :] if query.shape[2] > self.window else query[0]
         first = key[0, :, 0].repeat_interleave(query.shape[1] // key.shape[1], 0)  # [num_heads, head_size]
-        logits = _capped(far @ first[:, :, None] * scaling, softcap)  # [num_heads, num_queries, 1]
+        logits = capped(far @ first[:, :, None] * scaling, softcap)  # [num_heads, num_queries, 1]
         self.logit = self.logit.to(logits) + logits.sum((1, 2))
         self.value = self.value.to(value) + value[0, :, 0]
         self.queries += far.shape[1]
@@ -380,51 +322,6 @@ class Moments:
         return made | {"bias": (y - weight @ x).to(dtype)}
 
 
-class Windowed(nn.Module):
-    """Takes an attention's place: the same with a window and a constant sink."""
-
-    def __init__(self, attention: nn.Module, window: int, sink_logit: torch.Tensor, sink_value: torch.Tensor) -> None:
-        super().__init__()
-        self.attention = attention
-        self.settings: dict[str, Any] = {"window": window, "sink_logit": sink_logit, "sink_value": sink_value}
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the attention's."""
-        with _attending(self.attention, self.attend):
-            return self.attention(*args, **kwargs)
-
-    def attend(
-        self,
-        module: nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        scaling: float,
-        softcap: float | None = None,
-        **unused: Any,
-    ) -> tuple[torch.Tensor, None]:
-        """As transformers' attention functions; the mask is the causal one, since every passage is whole."""
-        return sink_attention(query, key, value, scaling=scaling, softcap=softcap, **self.settings), None
-
-
-class Skipped(nn.Module):
-    """Takes an attention's place: nothing, a constant vector, or a linear map of its input."""
-
-    def __init__(self, **made: torch.Tensor) -> None:
-        super().__init__()
-        self.made = {name: tensor.float() for name, tensor in made.items()}
-
-    def forward(self, hidden_states: torch.Tensor, *unused_args: Any, **unused: Any) -> tuple[torch.Tensor, None]:
-        """As the attention's: `[1, length, hidden_size]` to the same."""
-        added = torch.zeros_like(hidden_states)
-        if "weight" in self.made:
-            added = hidden_states @ self.made["weight"].T
-        elif "down" in self.made:
-            added = hidden_states @ self.made["down"].T @ self.made["up"].T
-        return added + self.made.get("bias", 0), None
-
-
 class Error:
     """How far a module's outputs are from those of the attention that it stands for, given the same input."""
 
@@ -440,92 +337,8 @@ class Error:
 
     @property
     def relative(self) -> float:
-        """The root of the squared error by the squared output."""
-        return math.sqrt(self.missed / self.whole)
-
-
-def sink_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    window: int,
-    sink_logit: torch.Tensor,
-    sink_value: torch.Tensor,
-    scaling: float,
-    softcap: float | None = None,
-) -> torch.Tensor:
-    """Attention to the last `window` tokens, the token itself included, and to a constant sink; `window` tokens and
-    `QUERIES_AT_ONCE` queries at a time.
-
-    `query` is `[batch, num_heads, length, head_size]`, `key` and `value` `[batch, num_kv_heads, length, head_size]`,
-    `sink_logit` `[num_heads]`, `sink_value` `[num_kv_heads, head_size]`; returns `[batch, length, num_heads,
-    head_size]`, as transformers' attention functions do.
-    """
-    groups = query.shape[1] // key.shape[1]
-    outputs = []
-    for start in range(0, query.shape[2], QUERIES_AT_ONCE):
-        queries = query[:, :, start : start + QUERIES_AT_ONCE]
-        end = start + queries.shape[2]
-        first = max(0, start - window + 1)
-        keys, values = (part[:, :, first:end].repeat_interleave(groups, 1) for part in (key, value))
-        scores = _capped(queries @ keys.transpose(2, 3) * scaling, softcap)
-        behind = torch.arange(start, end, device=query.device)[:, None] - torch.arange(first, end, device=query.device)
-        scores = scores.masked_fill((behind < 0) | (behind >= window), -torch.inf)
-        sink = sink_logit[:, None, None].expand(*scores.shape[:-1], 1)
-        weights = torch.cat([scores, sink], -1).softmax(-1)
-        outputs.append(
-            weights[..., :-1] @ values + weights[..., -1:] * sink_value.repeat_interleave(groups, 0)[:, None]
-        )
-    return torch.cat(outputs, 2).transpose(1, 2)
-
-
-def _attention(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
-) -> Any:
-    """The attention function of the model that is fitted: a layer's own where it is given one."""
-    own = getattr(module, "attend", _stock_attention)
-    return own(module, query, key, value, *args, **kwargs)
-
-
-def _stock_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """The model's own. PyTorch's knows neither a soft cap nor sinks."""
-    if softcap is None and s_aux is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    heads, length = query.shape[1:3]
-    return sink_attention(
-        query,
-        key,
-        value,
-        window=kwargs.get("sliding_window") or length,
-        sink_logit=query.new_full((heads,), -torch.inf) if s_aux is None else s_aux,
-        sink_value=value.new_zeros(value.shape[1], value.shape[3]),
-        scaling=kwargs["scaling"],
-        softcap=softcap,
-    ), None
-
-
-def _capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
-    return logits if softcap is None else (logits / softcap).tanh() * softcap
-
-
-@contextmanager
-def _attending(attention: Any, attend: Callable[..., Any]) -> Iterator[None]:
-    """Give an attention another attention function."""
-    attention.attend = attend
-    try:
-        yield
-    finally:
-        del attention.attend
+        """The root of the squared error by the squared output; nothing, where both are nothing."""
+        return math.sqrt(self.missed / self.whole) if self.missed else 0.0
 
 
 def _on_disk(*shape: int) -> torch.Tensor:

@@ -63,7 +63,7 @@ def capitals() -> dict[str, str]:
     try:
         from countryinfo import all_countries
     except ImportError:
-        raise _missing("countryinfo") from None
+        raise missing("countryinfo") from None
     found: dict[str, str] = {}
     for country in sorted(all_countries(), key=lambda country: country.name()):
         capital = country.capital()
@@ -86,7 +86,7 @@ def _articles() -> tuple[str, ...]:
         from gensim.corpora.wikicorpus import extract_pages, filter_wiki
         from gensim.test.utils import datapath
     except ImportError:
-        raise _missing("gensim") from None
+        raise missing("gensim") from None
     with bz2.open(datapath(ARTICLES)) as dump:
         articles = ["\n\n".join(_paragraphs(filter_wiki(text))) for _, text, _ in extract_pages(dump)]
     return tuple(article for article in articles if len(article) >= MIN_ARTICLE)
@@ -101,5 +101,6 @@ def _paragraphs(text: str) -> Iterator[str]:
             yield paragraph
 
 
-def _missing(package: str) -> UsageError:
+def missing(package: str) -> UsageError:
+    """What to raise where a package with texts is not installed."""
     return UsageError(f"the package {package}, which carries the texts, is not installed; install vllm-ext[quality]")

@@ -1,0 +1,450 @@
+"""A checkpoint in plain transformers, its layers run one by one, with their attentions changed by a plan.
+
+What is fitted (`fit.py`) and what is probed (`probe/`) is computed with it, on the CPU or on CUDA, apart from vLLM.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, Self
+
+import torch
+from torch import nn
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    CompressedTensorsConfig,
+    DynamicCache,
+    PreTrainedModel,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from model_executors.attention_plan import FULL, LayerPlan, tensor_name, tensors_of
+from vllm_ext.checkpoint import Checkpoint
+from vllm_ext.errors import UsageError
+
+ATTENTION = "vllm_ext_offline"
+QUERIES_AT_ONCE = 128
+LOGITS_AT_ONCE = 256
+"""Rows whose logits are computed at once."""
+
+Plans = Mapping[int, LayerPlan]
+Fitted = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Item:
+    """A prompt, and what is to follow it, in token ids."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Items one below the other, padded on the right, where no row of theirs looks."""
+
+    tokens: torch.Tensor
+    """`[batch, length]`"""
+    prompts: torch.Tensor
+    """`[batch]`: the lengths of the prompts."""
+    ends: torch.Tensor
+    """`[batch]`: the lengths of prompt and answer."""
+
+    @classmethod
+    def of(cls, items: Sequence[Item], device: torch.device) -> Self:
+        """Of one or more items."""
+        rows = [torch.tensor(item.prompt + item.answer) for item in items]
+        return cls(
+            nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device),
+            torch.tensor([len(item.prompt) for item in items], device=device),
+            torch.tensor([len(row) for row in rows], device=device),
+        )
+
+    @property
+    def places(self) -> torch.Tensor:
+        """`[length]`"""
+        return torch.arange(self.tokens.shape[1], device=self.tokens.device)
+
+    @property
+    def prompt_rows(self) -> torch.Tensor:
+        """`[batch, length]`: which rows are a prompt's."""
+        return self.places < self.prompts[:, None]
+
+    @property
+    def previous_rows(self) -> torch.Tensor:
+        """`[batch, length]`: which rows are a prompt's, but for its last (arXiv 2409.03621: the previous tokens)."""
+        return self.places < self.prompts[:, None] - 1
+
+    @property
+    def answering_rows(self) -> torch.Tensor:
+        """`[batch, length]`: which rows predict a token of the answer."""
+        return (self.places >= self.prompts[:, None] - 1) & (self.places < self.ends[:, None] - 1)
+
+
+class OfflineModel:
+    """A checkpoint, loaded for good, whose layers are run with or without changes."""
+
+    def __init__(self, source: Checkpoint) -> None:
+        assert source.folder is not None
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model: Any = load(source.folder)
+        slow = self.device.type == "cpu" and model.dtype == torch.float16
+        self.model = model.to(self.device, torch.float32 if slow else model.dtype)
+        self.decoder = self.model.model
+        self.layers = self.decoder.layers
+        self.family = source.family
+
+    def attention(self, number: int) -> Any:
+        """A layer's attention."""
+        return getattr(self.layers[number], self.family.attention)
+
+    @torch.no_grad()
+    def enter(self, tokens: torch.Tensor, **settings: Any) -> "Entered":
+        """What enters layer 0, and what the model gives each layer beside it; `settings` go to the decoder."""
+        calls = [Call() for _ in self.layers]
+        with self._in_place_of_layers(calls):
+            self.decoder(tokens, **{"use_cache": False} | settings)
+        return Entered(calls[0].hidden_states, calls)
+
+    @torch.no_grad()
+    def logits(self, hidden_states: torch.Tensor) -> Iterator[torch.Tensor]:
+        """`[rows, hidden_size]` that leave the last layer to float32 `[some rows, vocab_size]`, some rows at a time."""
+        for rows in hidden_states.split(LOGITS_AT_ONCE):
+            with self._in_place_of_layers([Give(rows[None])]):
+                yield self.model(torch.zeros(1, len(rows), dtype=torch.long, device=self.device)).logits[0].float()
+
+    @contextmanager
+    def _in_place_of_layers(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+        self.decoder.layers = nn.ModuleList(modules)
+        try:
+            yield
+        finally:
+            self.decoder.layers = self.layers
+
+
+class Entered:
+    """A batch that has entered the model: the states that the unchanged model makes of it, where they are needed."""
+
+    def __init__(self, hidden_states: torch.Tensor, calls: Sequence["Call"]) -> None:
+        self.calls = calls
+        self.states = {0: hidden_states}
+
+    def state(self, model: OfflineModel, number: int) -> torch.Tensor:
+        """`[batch, length, hidden_size]`: what enters that layer; for the number of layers, what leaves the last."""
+        start = max(known for known in self.states if known <= number)
+        hidden_states = self.states[start]
+        for layer in range(start, number):
+            hidden_states = Changed(model).layer(layer, hidden_states, self)
+        self.states[number] = hidden_states
+        return hidden_states
+
+    def forget(self, number: int) -> None:
+        """Let go of the states between the first and that one; they would be computed again."""
+        self.states = {layer: state for layer, state in self.states.items() if layer == 0 or layer >= number}
+
+
+class Changed:
+    """A model whose layers have other attentions, as a plan says.
+
+    `fitted` are the plan's tensors by their names in a checkpoint. `frozen_rows` `[batch, length]` are those whose K
+    and V come, in frozen layers, from the state that enters the first of them.
+    """
+
+    def __init__(
+        self,
+        model: OfflineModel,
+        plans: Plans | None = None,
+        fitted: Fitted | None = None,
+        frozen_rows: torch.Tensor | None = None,
+    ) -> None:
+        self.model, self.plans, self.fitted, self.frozen_rows = model, plans or {}, fitted or {}, frozen_rows
+        self.frozen: torch.Tensor | None = None
+        self.frozen_kv: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @torch.no_grad()
+    def run(self, entered: Entered, hidden_states: torch.Tensor, first: int) -> torch.Tensor:
+        """From what enters layer `first` to what leaves the last, both `[batch, length, hidden_size]`."""
+        for number in range(first, len(self.model.layers)):
+            hidden_states = self.layer(number, hidden_states, entered)
+        return hidden_states
+
+    @torch.no_grad()
+    def layer(self, number: int, hidden_states: torch.Tensor, entered: Entered) -> torch.Tensor:
+        """`[batch, length, hidden_size]` through one layer."""
+        plan = self.plans.get(number, FULL)
+        layer, attention, call = self.model.layers[number], self.model.attention(number), entered.calls[number]
+        device = hidden_states.device
+        constants = {name: self.fitted[tensor_name(number, name)].to(device) for name in tensors_of(plan)}
+        if plan.kind == "skip":
+            setattr(layer, self.model.family.attention, Skipped(**constants))
+            try:
+                return call.through(layer, hidden_states)
+            finally:
+                setattr(layer, self.model.family.attention, attention)
+        if plan.kind == "freeze" and number not in self.frozen_kv:
+            if self.frozen is None:
+                self.frozen = hidden_states
+            kept = Keep()
+            with attending(attention, kept), suppress(Seen):
+                call.through(layer, self.frozen, past_key_values=None)
+            self.frozen_kv[number] = kept.key, kept.value
+        if plan.kind == "full":
+            return call.through(layer, hidden_states)
+        window = {} if plan.window is None else {"window": plan.window}
+        with attending(attention, Attend(self.frozen_kv.get(number), self.frozen_rows, **window, **constants)):
+            return call.through(layer, hidden_states)
+
+
+@torch.no_grad()
+def generate(
+    changed: Changed,
+    prompts: torch.Tensor,
+    tokens: int,
+    first: int | None = None,
+    edit: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Greedy answers `[batch, tokens]` to prompts of one length, `[batch, length]`.
+
+    `edit` changes the prompts' states where they enter layer `first`.
+    """
+    model, cache, given = changed.model, DynamicCache(), []
+    entering = prompts
+    for step in range(tokens):
+        places = torch.arange(entering.shape[1], device=model.device) + (prompts.shape[1] + step - 1 if step else 0)
+        entered = model.enter(entering, use_cache=True, past_key_values=cache, position_ids=places[None])
+        hidden_states = entered.states[0]
+        for number in range(len(model.layers)):
+            if step == 0 and number == first and edit is not None:
+                hidden_states = edit(hidden_states)
+            hidden_states = changed.layer(number, hidden_states, entered)
+        entering = torch.cat([logits.argmax(-1) for logits in model.logits(hidden_states[:, -1])])[:, None]
+        given.append(entering)
+    return torch.cat(given, 1)
+
+
+def load(folder: Path) -> PreTrainedModel:
+    """The model in its own type, on the CPU, with an attention function that shows what it attends with.
+
+    Raises:
+        UsageError: for weights that transformers cannot read in full, as most quantized ones.
+
+    """
+    AttentionInterface.register(ATTENTION, _attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    settings: dict[str, Any] = {"dtype": "auto", "attn_implementation": ATTENTION, "output_loading_info": True}
+    quantization = getattr(AutoConfig.from_pretrained(folder), "quantization_config", None)
+    if quantization is not None:
+        method = quantization["quant_method"]
+        if method != "compressed-tensors":
+            raise UsageError(f"model {folder}: cannot be fitted with {method} weights; plan what it was quantized from")
+        settings["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+    loading: Any = AutoModelForCausalLM.from_pretrained(folder, **settings)
+    model, loaded = loading
+    if loaded["missing_keys"]:
+        raise UsageError(f"model {folder}: transformers finds no weights for {min(loaded['missing_keys'])}; convert it")
+    return model
+
+
+class Call(nn.Module):
+    """Takes a layer's place, and keeps what it is called with."""
+
+    hidden_states: torch.Tensor
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Hand on the stream as it is."""
+        self.hidden_states, self.args, self.kwargs = hidden_states, args, kwargs
+        return hidden_states
+
+    def through(self, layer: nn.Module, hidden_states: torch.Tensor, **changes: Any) -> torch.Tensor:
+        """Call that layer so, with other states of the same shape, and with `changes` of the arguments it has."""
+        left = layer(hidden_states, *self.args, **self.kwargs | {k: v for k, v in changes.items() if k in self.kwargs})
+        return left if isinstance(left, torch.Tensor) else left[0]
+
+
+class Give(nn.Module):
+    """Takes the place of all layers: whatever enters, these states leave."""
+
+    def __init__(self, hidden_states: torch.Tensor) -> None:
+        super().__init__()
+        self.hidden_states = hidden_states
+
+    def forward(self, *unused_args: Any, **unused: Any) -> torch.Tensor:
+        """`[1, rows, hidden_size]`"""
+        return self.hidden_states
+
+
+class Seen(Exception):  # noqa: N818 - no error
+    """Ends a layer's run where all that was to be seen of it has been seen."""
+
+
+class Keep:
+    """Takes the place of an attention function, and keeps what it would attend to."""
+
+    key: torch.Tensor
+    value: torch.Tensor
+
+    def __call__(
+        self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+    ) -> NoReturn:
+        """`key` and `value` are `[batch, num_kv_heads, length, head_size]`."""
+        self.key, self.value = key, value
+        raise Seen
+
+
+class Attend:
+    """Takes the place of an attention function: with the K and V of some rows frozen, or a window and a sink, or both.
+
+    `frozen_kv` are `[batch, num_kv_heads, length, head_size]`, `frozen_rows` `[batch, length]`.
+    """
+
+    def __init__(
+        self,
+        frozen_kv: tuple[torch.Tensor, torch.Tensor] | None = None,
+        frozen_rows: torch.Tensor | None = None,
+        **window: Any,
+    ) -> None:
+        self.frozen_kv, self.frozen_rows, self.window = frozen_kv, frozen_rows, window
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float,
+        softcap: float | None = None,
+        **settings: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """As transformers' attention functions; with a window the mask is the causal one, since no row is padded."""
+        if self.frozen_kv is not None:
+            assert self.frozen_rows is not None
+            rows, length = self.frozen_rows[:, None, :, None], self.frozen_rows.shape[1]
+            key, value = (
+                torch.cat([torch.where(rows, frozen, own[:, :, :length]), own[:, :, length:]], 2)
+                for frozen, own in zip(self.frozen_kv, (key, value), strict=True)
+            )
+        if self.window:
+            return sink_attention(query, key, value, scaling=scaling, softcap=softcap, **self.window), None
+        return stock_attention(module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, **settings)
+
+
+class Windowed(nn.Module):
+    """Takes an attention's place: the same with a window and a constant sink."""
+
+    def __init__(self, attention: nn.Module, window: int, sink_logit: torch.Tensor, sink_value: torch.Tensor) -> None:
+        super().__init__()
+        self.attention = attention
+        self.attend = Attend(window=window, sink_logit=sink_logit, sink_value=sink_value)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the attention's."""
+        with attending(self.attention, self.attend):
+            return self.attention(*args, **kwargs)
+
+
+class Skipped(nn.Module):
+    """Takes an attention's place: nothing, a constant vector, or a linear map of its input."""
+
+    def __init__(self, **made: torch.Tensor) -> None:
+        super().__init__()
+        self.made = made
+
+    def forward(self, hidden_states: torch.Tensor, *unused_args: Any, **unused: Any) -> tuple[torch.Tensor, None]:
+        """As the attention's: `[1, length, hidden_size]` to the same."""
+        made = {name: tensor.to(hidden_states) for name, tensor in self.made.items()}
+        added = torch.zeros_like(hidden_states)
+        if "weight" in made:
+            added = hidden_states @ made["weight"].T
+        elif "down" in made:
+            added = hidden_states @ made["down"].T @ made["up"].T
+        return added + made.get("bias", 0), None
+
+
+def sink_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    window: int,
+    sink_logit: torch.Tensor,
+    sink_value: torch.Tensor,
+    scaling: float,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Attention to the last `window` tokens, the token itself included, and to a constant sink; `window` tokens and
+    `QUERIES_AT_ONCE` queries at a time.
+
+    `query` is `[batch, num_heads, queries, head_size]`, those of the last tokens, `key` and `value` `[batch,
+    num_kv_heads, length, head_size]`, `sink_logit` `[num_heads]`, `sink_value` `[num_kv_heads, head_size]`; returns
+    `[batch, queries, num_heads, head_size]`, as transformers' attention functions do.
+    """
+    dtype, groups = query.dtype, query.shape[1] // key.shape[1]
+    query, key, value, sink_logit, sink_value = (each.float() for each in (query, key, value, sink_logit, sink_value))
+    earlier = key.shape[2] - query.shape[2]
+    outputs: list[torch.Tensor] = []
+    for queries in query.split(QUERIES_AT_ONCE, 2):
+        start = earlier + sum(each.shape[1] for each in outputs)
+        end = start + queries.shape[2]
+        first = max(0, start - window + 1)
+        keys, values = (part[:, :, first:end].repeat_interleave(groups, 1) for part in (key, value))
+        scores = capped(queries @ keys.transpose(2, 3) * scaling, softcap)
+        behind = torch.arange(start, end, device=query.device)[:, None] - torch.arange(first, end, device=query.device)
+        scores = scores.masked_fill((behind < 0) | (behind >= window), -torch.inf)
+        sink = sink_logit[:, None, None].expand(*scores.shape[:-1], 1)
+        weights = torch.cat([scores, sink], -1).softmax(-1)
+        attended = weights[..., :-1] @ values + weights[..., -1:] * sink_value.repeat_interleave(groups, 0)[:, None]
+        outputs.append(attended.transpose(1, 2))
+    return torch.cat(outputs, 1).to(dtype)
+
+
+def _attention(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    """The attention function of the model that is fitted: a layer's own where it is given one."""
+    own = getattr(module, "attend", stock_attention)
+    return own(module, query, key, value, *args, **kwargs)
+
+
+def stock_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """The model's own. PyTorch's knows no soft cap."""
+    if softcap is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return sink_attention(
+        query,
+        key,
+        value,
+        window=kwargs.get("sliding_window") or key.shape[2],
+        sink_logit=query.new_full((query.shape[1],), -torch.inf),  # none
+        sink_value=value.new_zeros(value.shape[1], value.shape[3]),
+        scaling=kwargs["scaling"],
+        softcap=softcap,
+    ), None
+
+
+def capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """Attention's logits under Gemma 2's soft cap, where there is one."""
+    return logits if softcap is None else (logits / softcap).tanh() * softcap
+
+
+@contextmanager
+def attending(attention: Any, attend: Callable[..., Any]) -> Iterator[None]:
+    """Give an attention another attention function."""
+    attention.attend = attend
+    try:
+        yield
+    finally:
+        del attention.attend
