@@ -1,0 +1,1 @@
+"""Tokens spelled out: *SpeLLM: Character-Level Multi-Head Decoding* (arXiv 2507.16323)."""
