@@ -99,11 +99,11 @@ CONFIGS = {
 PROMPT_LENGTHS = (1, 2, 15, 16, 17, 127, 128, 129, 200)
 
 
-def write_tiny(family: str, folder: Path) -> None:
-    """Write a random float32 checkpoint of `family`; the same one every time."""
+def write_tiny(family: str, folder: Path, **settings: int) -> None:
+    """Write a random float32 checkpoint of `family`, with `settings` of its own; the same one every time."""
     config_class, changes = CONFIGS[family]
     torch.manual_seed(0)
-    config = getattr(transformers, config_class)(**SHAPE | changes)
+    config = getattr(transformers, config_class)(**SHAPE | changes | settings)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     # Some families have a class of another name, or none of their own, in transformers.
     written = json.loads((folder / "config.json").read_text()) | {"architectures": [f"{family}ForCausalLM"]}

@@ -61,6 +61,12 @@ def accuracy(right: list[float], stock: list[float] | None, seed: int) -> Figure
     return Figure(float(ours.mean()), len(ours), float(ours.mean() / theirs.mean()), interval)
 
 
+def mean(scores: list[float], seed: int) -> Figure:
+    """Of one model's items, beside none."""
+    ours = np.array(scores)
+    return Figure(float(ours.mean()), len(ours), None, _interval((ours,), lambda each, axis: each.mean(axis), seed))
+
+
 def _interval(data: tuple[Any, ...], statistic: Callable[..., Any], seed: int) -> tuple[float, float] | None:
     """The 95% interval over resampled items, taken together from all of `data`; None where there is none."""
     from scipy.stats import DegenerateDataWarning, bootstrap

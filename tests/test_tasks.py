@@ -1,0 +1,116 @@
+"""Tasks out of packages and files."""
+
+import json
+
+import pytest
+from transformers import AutoTokenizer
+
+from vllm_ext.errors import UsageError
+from vllm_ext.probe.tasks import DOCUMENT_TOKENS, NAMES, PROSE_TOKENS, bundled, given, item
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smollm2):
+    return AutoTokenizer.from_pretrained(smollm2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_splits_have_other_items(tokenizer, name):
+    """Even the questions differ, not only the examples before them."""
+
+    def asked(split):
+        items = bundled(name, tokenizer, 20, split=split).items
+        if name in ("prose", "summaries"):
+            return {each.prompt for each in items}
+        return {tokenizer.decode(each.prompt[-24:] + each.answer).split("\n", 1)[-1] for each in items}
+
+    assert bundled(name, tokenizer, 20) == bundled(name, tokenizer, 20)
+    assert bundled(name, tokenizer, 20, seed=1) != bundled(name, tokenizer, 20)
+    assert len(asked("judge")) >= 10
+    assert not asked("judge") & asked("search")
+
+
+@pytest.mark.parametrize(
+    ("name", "question", "end"), [("capitals", "\nA:", "\n"), ("sums", " =", ","), ("reading", "?\nA:", "\n")]
+)
+def test_answers_end_where_the_next_question_would_begin(tokenizer, name, question, end):
+    for each in bundled(name, tokenizer, 10).items:
+        assert tokenizer.decode(each.prompt).endswith(question)
+        assert tokenizer.decode(each.answer).endswith(end)
+
+
+def test_readings_answers_lie_in_the_passage(tokenizer):
+    for each in bundled("reading", tokenizer, 10).items:
+        name = tokenizer.decode(each.answer).strip()
+        passage = tokenizer.decode(each.prompt).rsplit("\n\n", 1)[-1]
+        assert f"{name} " in passage.split("Q:")[0]
+
+
+def test_passages_and_documents_have_one_length(tokenizer):
+    prose = bundled("prose", tokenizer, 5).items
+    assert {len(each.prompt + each.answer) for each in prose} == {PROSE_TOKENS}
+    assert {len(each.answer) for each in prose} == {PROSE_TOKENS // 4}
+    summaries = bundled("summaries", tokenizer, 5)
+    assert len({len(each.prompt) for each in summaries.items}) == 1
+    assert len(summaries.references) == len(summaries.items) == 5
+
+
+def test_an_item_is_tokenized_as_a_whole(tokenizer):
+    found = item(tokenizer, "The answer is 4", "2, surely")
+    assert tokenizer.decode(found.prompt + found.answer) == "The answer is 42, surely"
+    assert list(found.prompt + found.answer) == tokenizer("The answer is 42, surely").input_ids
+
+
+SQUAD = {"context": "Rome is old.", "question": "What is old?", "answers": {"text": ["Rome"], "answer_start": [0]}}
+SQUAD_FILE = {
+    "data": [
+        {
+            "paragraphs": [
+                {"context": "Rome is old.", "qas": [{"question": "What is old?", "answers": [{"text": "Rome"}]}]}
+            ]
+        }
+    ]
+}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        json.dumps({"prompt": "Rome is old.\nQ: What is old?\nA:", "answer": " Rome\n", "id": 3}),
+        json.dumps(SQUAD),
+        json.dumps(SQUAD_FILE),
+    ],
+)
+def test_takes_the_papers_files_and_anyones(tokenizer, tmp_path, content):
+    (tmp_path / "mine.jsonl").write_text(content + "\n")
+    task = given(tmp_path / "mine.jsonl", tokenizer, 5)
+    assert (task.name, task.score, len(task.items)) == ("mine", "answers", 1)
+    assert tokenizer.decode(task.items[0].prompt) == "Rome is old.\nQ: What is old?\nA:"
+    assert tokenizer.decode(task.items[0].answer) == " Rome\n"
+
+
+def test_takes_documents_with_their_summaries(tokenizer, tmp_path):
+    rows = [{"article": f"{n} and " * DOCUMENT_TOKENS, "highlights": f"number {n}"} for n in range(3)]
+    (tmp_path / "news.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = given(tmp_path / "news.jsonl", tokenizer, 2)
+    assert task.score == "summaries"
+    assert len(task.items) == len(set(task.references)) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "it is empty"),
+        ("{}", "line 1 has none of the forms prompt, answer; context, question, answers; "),
+        ('{"prompt": "a", "answer": "b"}\nnothing', "line 2 has none"),
+        ('{"prompt": "a", "answer": "b"}\n{"text": "c"}', "lines are of several forms"),
+        ('{"text": "short"}', f"no text is as long as {PROSE_TOKENS} tokens"),
+        ('{"article": "short", "highlights": "x"}', f"no document is as long as {DOCUMENT_TOKENS} tokens"),
+    ],
+)
+def test_refuses_other_files(tokenizer, tmp_path, content, message):
+    (tmp_path / "mine.jsonl").write_text(content)
+    with pytest.raises(UsageError, match=message):
+        given(tmp_path / "mine.jsonl", tokenizer, 5)
+    with pytest.raises(UsageError, match="cannot be read"):
+        given(tmp_path / "nowhere.jsonl", tokenizer, 5)

@@ -1,0 +1,80 @@
+"""What *Attend First, Consolidate Later* (arXiv 2409.03621, section 3) does to a model at layer k.
+
+It changes the states of previous tokens: all of the prompt's but the last. The prompt's last token and those generated
+after it flow as they are, but attend to what the previous ones have become.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+
+from model_executors.attention_plan import LayerPlan
+from vllm_ext.offline import Plans
+
+Name = Literal["random", "shuffle", "freeze", "skip", "drop"]
+NAMES: tuple[Name, ...] = get_args(Name)
+TITLES: dict[Name, str] = {
+    "random": "random",
+    "shuffle": "shuffle",
+    "freeze": "freeze",
+    "skip": "skip attention",
+    "drop": "this layer's attention alone",
+}
+Edit = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Manipulation:
+    """What is done at one layer."""
+
+    layer: int
+    plans: Plans = field(default_factory=dict)
+    """What layers attend otherwise."""
+    edit: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    """From the states that enter the layer, `[batch, length, hidden_size]`, and which rows are previous tokens,
+    `[batch, length]`, to other states."""
+
+
+def manipulation(name: Name, layer: int, num_layers: int, seed: int) -> Manipulation:
+    """The one of that name at layer k, from 0.
+
+    *random* puts Gaussian vectors of the same norm in place of the previous tokens' states; *shuffle* permutes their
+    dimensions, all in the same way; *freeze* keeps those states for all layers above; *skip* drops the attention from
+    here on, with the norm before it; *drop* does so in this layer alone.
+    """
+    above = range(layer, num_layers)
+    if name == "freeze":
+        return Manipulation(layer, dict.fromkeys(above, LayerPlan("freeze")))
+    if name == "skip":
+        return Manipulation(layer, dict.fromkeys(above, LayerPlan("skip")))
+    if name == "drop":
+        return Manipulation(layer, {layer: LayerPlan("skip")})
+    make = randomised if name == "random" else shuffled
+    return Manipulation(layer, {}, lambda states, rows: torch.where(rows[..., None], make(states, seed), states))
+
+
+def randomised(states: torch.Tensor, seed: int) -> torch.Tensor:
+    """Gaussian vectors with the norms of `states` `[batch, length, hidden_size]`, the same directions in each text."""
+    generator = torch.Generator().manual_seed(seed)  # the CPU's, so that every machine draws the same
+    noise = torch.randn(states.shape[1:], generator=generator).to(states)
+    return noise * (states.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True))
+
+
+def shuffled(states: torch.Tensor, seed: int) -> torch.Tensor:
+    """One permutation of the dimensions of `states` `[..., hidden_size]`."""
+    order = torch.randperm(states.shape[-1], generator=torch.Generator().manual_seed(seed))
+    return states[..., order.to(states.device)]
+
+
+def injected(states: torch.Tensor, places: Sequence[Sequence[int]], others: torch.Tensor) -> torch.Tensor:
+    """Put the states of another prompt's tokens in the place of these.
+
+    `states` are `[batch, length, hidden_size]`; `places` the rows of each prompt, as many in all; `others` `[batch,
+    number of places, hidden_size]`.
+    """
+    changed = states.clone()
+    batch = torch.arange(len(states))[:, None]
+    changed[batch, torch.tensor(places)] = others
+    return changed

@@ -1,0 +1,209 @@
+"""`vllm-ext probe`: the papers' manipulations at every layer, task by task, each result written as it is found.
+
+Layers are taken from the lowest up, so that what the unchanged model makes of the texts is computed once and only its
+state at one layer is held. A run that was interrupted goes on where it stopped.
+"""
+
+import json
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import AutoTokenizer
+
+from vllm_ext.checkpoint import Checkpoint
+from vllm_ext.errors import UsageError
+from vllm_ext.offline import OfflineModel
+from vllm_ext.probe.attention import looks
+from vllm_ext.probe.injection import Pairs
+from vllm_ext.probe.manipulations import NAMES as MANIPULATIONS
+from vllm_ext.probe.manipulations import Manipulation, manipulation
+from vllm_ext.probe.manipulations import Name as ManipulationName
+from vllm_ext.probe.scores import Asked
+from vllm_ext.probe.tasks import NAMES, SUMMARY_TOKENS, Name, Task, bundled, given
+
+RESULTS = "results.jsonl"
+LOOKS_PASSAGES = 4
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is probed, and on how much.
+
+    Raises:
+        UsageError: for what is not there, or too little.
+
+    """
+
+    tasks: tuple[Name, ...] = NAMES
+    data: tuple[str, ...] = ()
+    """Files with tasks of the user's own."""
+    manipulations: tuple[ManipulationName, ...] = MANIPULATIONS
+    items: int = 40
+    """Of each task; of prose and summaries, whose items are long, a fifth as many."""
+    every: int = 1
+    """Only every so many layers, the lowest first."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for option, values, known in (
+            ("--task", self.tasks, NAMES),
+            ("--manipulation", self.manipulations, MANIPULATIONS),
+        ):
+            for value in values:
+                if value not in known:
+                    raise UsageError(f"{option} {value}: there is none of that name; take {', '.join(known)}")
+        if not self.tasks and not self.data:
+            raise UsageError("no task; give --task or --data")
+        for option, number in (("--items", self.items), ("--every", self.every)):
+            if number < 1:
+                raise UsageError(f"{option} {number}: choose 1 or more")
+
+    def count(self, name: str) -> int:
+        """How many items that task has."""
+        return max(self.items // 5, 1) if name in ("prose", "summaries") else self.items
+
+
+@dataclass(frozen=True)
+class Key:
+    """Names one result: what was done, at which layer (-1: nothing at all), and to which task."""
+
+    name: str
+    layer: int
+    task: str
+
+
+class Results:
+    """The results in a folder, one line each, after a line of settings."""
+
+    def __init__(self, out: Path, header: dict[str, Any]) -> None:
+        """Begin a folder, or go on in it.
+
+        Raises:
+            UsageError: where the folder holds other results.
+
+        """
+        self.file = out / RESULTS
+        self.header = header
+        self.found: dict[Key, dict[str, Any]] = {}
+        if not self.file.exists():
+            if out.exists() and any(out.iterdir()):
+                raise UsageError(f"--out {out}: it holds something else; choose another folder")
+            out.mkdir(parents=True, exist_ok=True)
+            self._append(header)
+            return
+        # A line that was being written when the run was interrupted has no end.
+        lines = [line for line in self.file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        if not lines or json.loads(lines[0]) != header:
+            raise UsageError(
+                f"--out {out}: it holds results of other settings; choose another folder, or the same settings"
+            )
+        self.file.write_text("".join(lines))
+        for line in lines[1:]:
+            row = json.loads(line)
+            self.found[Key(row.pop("name"), row.pop("layer"), row.pop("task"))] = row
+
+    def add(self, key: Key, row: dict[str, Any]) -> None:
+        """Write it down at once."""
+        self.found[key] = row
+        self._append(asdict(key) | row)
+
+    def _append(self, row: dict[str, Any]) -> None:
+        with self.file.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def probe(source: Checkpoint, out: Path, settings: Settings) -> Results:
+    """Run what is not yet in `out`; says on stderr how far it is.
+
+    Raises:
+        UsageError: for a model that cannot be read, tasks that cannot be had, or a folder of other results.
+
+    """
+    source.check_weights()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.folder)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"model {source.name}: no tokenizer in that folder to read text with; add it") from error
+    tasks = [bundled(name, tokenizer, settings.count(name), settings.seed) for name in settings.tasks]
+    tasks += [given(Path(file), tokenizer, settings.items, settings.seed) for file in settings.data]
+    if len({task.name for task in tasks}) < len(tasks):
+        raise UsageError("two tasks have one name; rename a file of --data")
+    header = {
+        "model": Path(source.name).name,
+        "layers": source.num_layers,
+        "settings": asdict(settings) | {"data": [Path(file).name for file in settings.data]},
+        "tasks": {task.name: {"score": task.score, "items": len(task.items), "source": task.source} for task in tasks},
+        "versions": {package: version(package) for package in ("vllm-ext", "torch", "transformers")},
+        "machine": f"{platform.machine()}, {'CUDA' if torch.cuda.is_available() else 'CPU'}",
+    }
+    results = Results(out, json.loads(json.dumps(header)))
+    keys = [key for key in _keys(tasks, source.num_layers, settings) if key not in results.found]
+    if keys:
+        _run(OfflineModel(source), tokenizer, tasks, keys, results, settings)
+    return results
+
+
+def _keys(tasks: Sequence[Task], num_layers: int, settings: Settings) -> Iterator[Key]:
+    """All there is to do, from the lowest layer up."""
+    for task in tasks:
+        yield Key("none", -1, task.name)
+    for layer in range(0, num_layers, settings.every):
+        if any(task.score == "tokens" for task in tasks):
+            yield Key("looks", layer, next(task.name for task in tasks if task.score == "tokens"))
+        if "capitals" in settings.tasks:
+            yield Key("injection", layer, "capitals")
+        for name in settings.manipulations:
+            for task in tasks:
+                yield Key(name, layer, task.name)
+
+
+def _run(
+    model: OfflineModel,
+    tokenizer: Any,
+    tasks: Sequence[Task],
+    keys: Sequence[Key],
+    results: Results,
+    settings: Settings,
+) -> None:
+    num_layers = len(model.layers)
+    asked = {task.name: Asked(model, task, tokenizer) for task in tasks}
+    pairs = (
+        Pairs(model, tokenizer, settings.items, settings.seed) if any(key.name == "injection" for key in keys) else None
+    )
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        sizes = {task.name: task.tokens + (SUMMARY_TOKENS * 20 if task.score == "summaries" else 0) for task in tasks}
+        total = sum(_work(key, sizes[key.task], num_layers) for key in keys)
+        bar = progress.add_task("", total=total)
+        for key in keys:
+            progress.update(bar, description=f"layer {max(key.layer, 0)} of 0-{num_layers - 1}: {key.name}, {key.task}")
+            if key.layer >= 0:
+                for each in asked.values():
+                    each.forget(key.layer)
+            results.add(key, _result(model, key, asked[key.task], pairs, settings.seed))
+            progress.advance(bar, _work(key, sizes[key.task], num_layers))
+
+
+def _work(key: Key, tokens: int, num_layers: int) -> int:
+    """Tokens times layers; what is written has to pass through all of them."""
+    return tokens * (num_layers - (0 if key.task == "summaries" else max(key.layer, 0)))
+
+
+def _result(model: OfflineModel, key: Key, asked: Asked, pairs: Pairs | None, seed: int) -> dict[str, Any]:
+    if key.name == "looks":
+        entered = [each for _, each in asked.batches if each is not None]
+        return asdict(looks(model, key.layer, entered[:LOOKS_PASSAGES]))
+    if key.name == "injection":
+        assert pairs is not None
+        return {"prompt": [], "injected": []} if not pairs.count else asdict(pairs.at(key.layer))
+    if key.name == "none":
+        return asdict(asked.manipulated(Manipulation(0)))
+    name: Any = key.name
+    return asdict(asked.manipulated(manipulation(name, key.layer, len(model.layers), seed)))
