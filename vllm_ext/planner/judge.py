@@ -1,0 +1,108 @@
+"""Plans judged on other items than they were found with, and which of them is taken."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vllm_ext.errors import UsageError
+from vllm_ext.figures import Figure, accuracy
+from vllm_ext.planner.search import Changes
+from vllm_ext.probe.scores import Asked
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a plan saves, and what it keeps of the unchanged model's scores."""
+
+    changes: Changes
+    kv_saved: float
+    prefill_saved: float
+    tasks: dict[str, Figure]
+    """Scores by task, with their ratios to the unchanged model's."""
+    kept: float
+    """The mean score of all tasks, as a part of the unchanged model's."""
+
+    @property
+    def worst(self) -> float:
+        """The least part of a task's score that is kept."""
+        return min(task.ratio for task in self.tasks.values() if task.ratio is not None)
+
+    @property
+    def loss(self) -> float:
+        """Of the mean score, or half of what the worst task loses, whichever is more."""
+        return max(1 - self.kept, (1 - self.worst) / 2)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a plan is to keep or to save.
+
+    Raises:
+        UsageError: for parts outside of 0 to 1, or neither.
+
+    """
+
+    max_loss: float | None = None
+    """Of the mean task score; no task may lose more than twice as much."""
+    kv_saving: float | None = None
+    """The least part of the KV-cache bytes to save."""
+
+    def __post_init__(self) -> None:
+        for option, part in (("--max-loss", self.max_loss), ("--kv-saving", self.kv_saving)):
+            if part is not None and not 0 <= part < 1:
+                raise UsageError(f"{option} {part}: it is a part of all; give 0 or more, and less than 1")
+        if self.max_loss is self.kv_saving is None:
+            raise UsageError("no goal; give --max-loss, --kv-saving or both")
+
+    def choose(self, judged: Sequence[Judged]) -> Judged:
+        """The plan that saves most and loses no more than it may; without `max_loss`, the one that loses least.
+
+        Raises:
+            UsageError: where none is good enough.
+
+        """
+        saving = [each for each in judged if each.kv_saved >= (self.kv_saving or 0)]
+        if self.max_loss is None:
+            if saving:
+                return min(saving, key=lambda each: (each.loss, -each.prefill_saved))
+            most = max(each.kv_saved for each in judged)
+            raise UsageError(
+                f"--kv-saving {self.kv_saving}: the plans found save up to {most:.2f}; ask for less, or raise --passes"
+            )
+        good = [each for each in saving if each.loss <= self.max_loss]
+        if good:
+            return max(good, key=lambda each: (each.kv_saved, each.prefill_saved))
+        least = min((each.loss for each in saving), default=1.0)
+        raise UsageError(
+            f"--max-loss {self.max_loss}: the plans found that save enough lose at least {least:.3f}; "
+            "allow more, or save less"
+        )
+
+
+class Judge:
+    """Items to judge on, and what the unchanged model makes of them.
+
+    Raises:
+        UsageError: where it gets none of them right.
+
+    """
+
+    def __init__(self, asked: Sequence[Asked], seed: int) -> None:
+        self.asked, self.seed = asked, seed
+        self.unchanged = {each.task.name: each.plan({}, {}).scores for each in asked}
+        if not any(any(scores) for scores in self.unchanged.values()):
+            raise UsageError(f"the model gets nothing right of {', '.join(self.unchanged)}; give it other tasks")
+
+    def judge(
+        self, changes: Changes, fitted: Mapping[str, torch.Tensor], kv_saved: float, prefill_saved: float
+    ) -> Judged:
+        """Score a plan."""
+        tasks = {}
+        for each in self.asked:
+            each.forget(len(each.model.layers))  # of a large model, they are too much to keep
+            before = self.unchanged[each.task.name]
+            tasks[each.task.name] = accuracy(each.plan(changes, fitted).scores, before, self.seed)
+        before_all = sum(sum(scores) / len(scores) for scores in self.unchanged.values())
+        kept = sum(task.value for task in tasks.values()) / before_all
+        return Judged(changes, kv_saved, prefill_saved, tasks, kept)

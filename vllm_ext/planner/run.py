@@ -1,0 +1,244 @@
+"""`vllm-ext plan --auto`: a plan searched for, judged on other items, and what was found on the way."""
+
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import AutoConfig, AutoTokenizer
+
+from model_executors.attention_plan import AttentionPlan, LayerPlan
+from vllm_ext.checkpoint import Checkpoint
+from vllm_ext.errors import UsageError
+from vllm_ext.fit import cut
+from vllm_ext.footprint import prefill_flops, saved_kv
+from vllm_ext.offline import Batch, Item, OfflineModel
+from vllm_ext.planner.constants import fit_alone
+from vllm_ext.planner.judge import Goal, Judge, Judged
+from vllm_ext.planner.search import Budget, Changes, Exhausted, Search, Tried
+from vllm_ext.probe.attention import looks
+from vllm_ext.probe.scores import Asked
+from vllm_ext.probe.tasks import Task, bundled, given
+from vllm_ext.texts import prose
+
+SEARCHED: dict[str, int] = {"capitals": 32, "sums": 24, "reading": 16, "prose": 6}
+"""Items to search with, by task."""
+JUDGED: dict[str, int] = {"capitals": 100, "sums": 100, "reading": 60, "prose": 16}
+TASKS = tuple(SEARCHED)
+OWN = 150
+"""Items of a task of the user's own: a third to search with, the rest to judge on."""
+CALIBRATION_TOKENS = 16_384
+CALIBRATION_LENGTH = 1_024
+LEVELS = (0.25, 1 / 3, 0.5, 2 / 3)
+"""Parts of the KV cache to save: a plan of windows that reaches each is judged, beside what the goal asks for; and the
+same with the top layers frozen, or skipped."""
+MOST_JUDGED = 10
+SLACK = 0.02
+"""Nats that a frozen or skipped top may miss beyond the windows below it."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a plan is searched for.
+
+    Raises:
+        UsageError: for tasks that are not there, or sizes with which nothing could be found.
+
+    """
+
+    goal: Goal
+    tasks: tuple[str, ...] = TASKS
+    data: tuple[str, ...] = ()
+    """Files with tasks of the user's own."""
+    window: int = 128
+    context: int = 4_096
+    """Tokens of the requests for which savings are counted."""
+    passes: float = 120
+    """The budget: forward passes over the items of the search, judging included."""
+    seed: int = 0
+    quick: bool = False
+    """Only guess, from what each attention looks at."""
+
+    def __post_init__(self) -> None:
+        for task in self.tasks:
+            if task not in TASKS:
+                raise UsageError(f"--task {task}: there is none of that name; take {', '.join(TASKS)}")
+        if not self.tasks and not self.data:
+            raise UsageError("no task; give --task or --data")
+        for option, number in (("--passes", self.passes), ("--context", self.context), ("--size", self.window)):
+            if number < 1:
+                raise UsageError(f"{option} {number:g}: choose 1 or more")
+
+
+@dataclass
+class Found:
+    """What a search came to."""
+
+    header: dict[str, Any]
+    changes: Changes = field(default_factory=dict)
+    """The plan that is taken; none yet where plans were judged."""
+    front: list[Judged] = field(default_factory=list)
+    """Plans that were judged; none where it was guessed."""
+    written: Judged | None = None
+    """The plan that is taken with the tensors that it is written with."""
+    passes: float = 0
+
+
+class Planner:
+    """A model, and the items that plans of it are tried and judged with."""
+
+    def __init__(self, source: Checkpoint, settings: Settings) -> None:
+        """Read them.
+
+        Raises:
+            UsageError: for a model that cannot be read, or texts that are not there.
+
+        """
+        source.check_weights()
+        self.source, self.settings = source, settings
+        assert source.folder is not None
+        self.config = AutoConfig.from_pretrained(source.folder)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(source.folder)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"model {source.name}: no tokenizer in that folder to read text with; add it") from error
+        self.searched, self.judged = self._tasks()
+        kinds = getattr(self.config, "layer_types", None)
+        sliding = getattr(self.config, "sliding_window", None)
+        self.layers = [
+            layer
+            for layer in range(source.num_layers)
+            if not (sliding and (kinds is None or kinds[layer] == "sliding_attention"))
+        ]
+        self.model = OfflineModel(source)
+
+    def find(self) -> Found:
+        """Search and judge, or guess; says on stderr how far it is.
+
+        Raises:
+            UsageError: for a budget that is too small.
+
+        """
+        settings = self.settings
+        found = Found(self._header())
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        if settings.quick:
+            found.changes = self._guess()
+            return found
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            bar = progress.add_task("tensors of every layer", total=settings.passes)
+            fitted = fit_alone(self.model, self._calibration(), settings.window, self.layers)
+            judging = _tokens(self.judged) / _tokens(self.searched)
+            # The unchanged model is judged too, and what is written in the end.
+            budget = Budget(settings.passes - judging * (MOST_JUDGED + 2))
+
+            def tried(what: str) -> None:
+                progress.update(bar, description=what, completed=budget.used)
+
+            plans = self._plans(fitted, budget, tried)
+            for number, changes in enumerate(plans):
+                progress.update(bar, description=f"judging {number + 1} of {len(plans)}")
+                found.front.append(self.judge(changes, fitted))
+                progress.advance(bar, judging)
+            found.passes = budget.used + judging * (len(plans) + 2)
+        return found
+
+    def judge(self, changes: Changes, fitted: Mapping[str, torch.Tensor]) -> Judged:
+        """A plan's savings and scores."""
+        plan, full = (AttentionPlan.of(self.source.num_layers, each) for each in (changes, {}))
+        flops = [prefill_flops(self.config, self.source.family, each, self.settings.context) for each in (plan, full)]
+        return self._judge.judge(changes, fitted, self._saved(changes), 1 - flops[0] / flops[1])
+
+    @cached_property
+    def _judge(self) -> Judge:
+        return Judge([Asked(self.model, task) for task in self.judged], self.settings.seed)
+
+    def _tasks(self) -> tuple[list[Task], list[Task]]:
+        """To search with, and to judge on."""
+        seed, counts = self.settings.seed, SEARCHED if self.settings.quick else JUDGED
+        names: Any = self.settings.tasks
+        searched = [bundled(name, self.tokenizer, SEARCHED[name], seed, "search") for name in names]
+        judged = [bundled(name, self.tokenizer, counts[name], seed) for name in names]
+        for file in self.settings.data:
+            task = given(Path(file), self.tokenizer, OWN, seed)
+            if task.score == "summaries":
+                raise UsageError(
+                    f"--data {file}: a search needs answers, and summaries have none; give prompts with them"
+                )
+            if len(task.items) < 3:
+                raise UsageError(f"--data {file}: it has {len(task.items)} items; give 3 or more, the more the better")
+            third = len(task.items) // 3
+            searched.append(replace(task, items=task.items[:third]))
+            judged.append(replace(task, items=task.items[third:]))
+        return searched, judged
+
+    def _calibration(self) -> list[Any]:
+        passages = cut(
+            self.tokenizer,
+            prose("calibration"),
+            tokens=CALIBRATION_TOKENS,
+            length=min(CALIBRATION_LENGTH, getattr(self.config, "max_position_embeddings", CALIBRATION_LENGTH)),
+            seed=self.settings.seed,
+        )
+        batches = [
+            Batch.of([Item(tuple(each.tolist()), ()) for each in part], self.model.device) for part in passages.split(4)
+        ]
+        return [self.model.enter(batch.tokens) for batch in batches]
+
+    def _plans(self, fitted: Mapping[str, torch.Tensor], budget: Budget, tried: Callable[[str], None]) -> list[Changes]:
+        """Stages on the way from the first window to the last, then each with its top changed."""
+        levels = sorted({*LEVELS, self.settings.goal.kv_saving or 0})
+        path: list[Tried] = []
+        with suppress(Exhausted):
+            asked = [Asked(self.model, task) for task in self.searched]
+            kinds = self.source.family.kinds
+            search = Search(asked, fitted, self.settings.window, kinds, self.layers, budget, tried)
+            path = search.windows(lambda changes: self._saved(changes) >= levels[-1])
+        if not path:
+            raise UsageError(f"--passes {self.settings.passes:g}: too few to try each layer; raise it")
+        reached = [next((each for each in path if self._saved(each.changes) >= level), path[-1]) for level in levels]
+        stages = list({id(stage): stage for stage in reached}.values())
+        plans = [*stages, *(top for stage in stages for top in search.tops(stage.changes, stage.missed + SLACK))]
+        return [plan.changes for plan in plans[:MOST_JUDGED]]
+
+    def _saved(self, changes: Changes) -> float:
+        """The part of the KV-cache bytes."""
+        return saved_kv(self.config, AttentionPlan.of(self.source.num_layers, changes), self.settings.context)
+
+    def _guess(self) -> Changes:
+        """Windows where most of the attention is on the first token and the neighbours, as many as the goal wants."""
+        texts = self._calibration()[:1]
+        seen = {layer: looks(self.model, layer, texts) for layer in range(self.source.num_layers)}
+        order = sorted(self.layers, key=lambda layer: -(seen[layer].sink + seen[layer].window))
+        wanted = self.settings.goal.kv_saving or 1 / 3
+        changes: dict[int, LayerPlan] = {}
+        for layer in order:
+            changes[layer] = LayerPlan("window", self.settings.window)
+            if self._saved(changes) >= wanted:
+                break
+        return changes
+
+    def _header(self) -> dict[str, Any]:
+        return {
+            "model": self.source.name.rstrip("/").rsplit("/", 1)[-1],
+            "layers": self.source.num_layers,
+            "settings": asdict(self.settings),
+            "searched": {task.name: len(task.items) for task in self.searched},
+            "tasks": {
+                task.name: {"score": task.score, "items": len(task.items), "source": task.source}
+                for task in self.judged
+            },
+            "versions": {package: version(package) for package in ("vllm-ext", "torch", "transformers")},
+            "machine": f"{platform.machine()}, {self.model.device}",
+        }
+
+
+def _tokens(tasks: Sequence[Task]) -> int:
+    return sum(task.tokens for task in tasks)
