@@ -134,15 +134,19 @@ def test_quantized_weights(tiny_models, tmp_path, changes):
     assert_same(given, expected, tolerance=0.2, prompt_logprobs=False)
 
 
-@pytest.mark.parametrize("changes", [SKIP_BOTH_ENDS, FREEZE_AND_SKIP], ids=["skip", "freeze"])
-def test_adapters_on_the_lower_layers(tiny_models, tmp_path, changes):
+@pytest.mark.parametrize(("changes", "ranks"), [(SKIP_BOTH_ENDS, 1), (FREEZE_AND_SKIP, 2)], ids=["skip", "freeze"])
+def test_adapters_on_the_lower_layers(tiny_models, tmp_path, monkeypatch, changes, ranks):
     """One batch with the adapter and one without: on CPU, stock vLLM 0.32 gets a batch of both wrong."""
     stock = tiny_models("Llama")
     write_adapter(stock, tmp_path / "adapter", [0, 2], tmp_path / "merged")
     references = Reference(tmp_path / "merged", changes), Reference(stock, changes)
     sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
     asked = [{"prompt_token_ids": prompt} for prompt in prompts()]
-    with engine(stock, changes, enable_lora=True, max_lora_rank=8) as llm:
+    settings = {"enable_lora": True, "max_lora_rank": 8}
+    if ranks > 1:
+        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+        settings |= {"tensor_parallel_size": ranks, "distributed_executor_backend": "mp"}
+    with engine(stock, changes, **settings) as llm:
         given = [
             [list(output.outputs[0].token_ids) for output in llm.generate(asked, sampling, lora_request=adapter)]
             for adapter in (LoRARequest("lower", 1, str(tmp_path / "adapter")), None)
