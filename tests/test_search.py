@@ -65,6 +65,13 @@ def test_layers_that_may_not_be_changed_are_not(tiny_models):
     assert set(found.tops({}, 1e-5)[1].changes) == {5}
 
 
+def test_windows_on_top(tiny_models):
+    found, _ = search(planted(tiny_models("Llama"), range(3)))
+    assert set(found.on_top(2).changes) == {4, 5}
+    assert found.on_top(3).missed == pytest.approx(0, abs=1e-5)
+    assert found.on_top(4).missed > 0.01
+
+
 def test_keeps_to_its_budget(tiny_models):
     model = planted(tiny_models("Llama"), [0, 1])
     found, budget = search(model, passes=7)

