@@ -11,7 +11,8 @@ export VLLM_CPU_KVCACHE_SPACE ?= 1
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-UV := $(BIN)/uv pip install --python $(BIN)/python --quiet
+# Modules are compiled here, or every start of a server would do it anew wherever Python is told not to keep them.
+UV := $(BIN)/uv pip install --python $(BIN)/python --compile-bytecode --quiet
 CUDA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 # uv does not read pip's settings, so it is handed the one that matters here.
 FIND_LINKS := $(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null)
@@ -31,7 +32,7 @@ compare: $(READY)  ## Measure the embedded model with 10 of 30 layers skipped be
 	@model=$$($(BIN)/vllm-ext model fetch) && $(BIN)/vllm-ext compare "$$model" --skip 20-29 $(ARGS)
 
 test: lint  ## Lint, check types, run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(READY)  ## Lint and check types
 	$(BIN)/ruff check .

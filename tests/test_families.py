@@ -1,27 +1,12 @@
-"""The table, and each of its rows in vLLM against the plain reference."""
+"""The table, and each of its rows that is a class of vLLM's own, against the plain reference."""
 
 import pytest
 
-from model_executors.attention_plan import LayerPlan
 from model_executors.families import FAMILIES, family_of
-from tests.answers import assert_same
-from tests.engines import answers, engine
-from tests.fitted import write_random
-from tests.reference import Reference
-from tests.tiny import CONFIGS, prompts
+from tests.parity import check
+from tests.tiny import CONFIGS
 
-# Every kind at once: below the first frozen layer, and up to a tail. In some families, even layers have a sliding
-# window of their own.
-PLAN = {
-    1: LayerPlan("window", 16),
-    2: LayerPlan("skip"),
-    3: LayerPlan("freeze"),
-    4: LayerPlan("freeze"),
-    5: LayerPlan("skip", consolidation="linear"),
-}
-LENGTHS = (2, 17, 129)
-# vLLM computes Apertus' activation partly in bfloat16.
-TOLERANCE = {"Apertus": 1e-2}
+NATIVE = [name for name in CONFIGS if FAMILIES[f"{name}ForCausalLM"].module == "model_executors.decoder"]
 
 
 @pytest.mark.parametrize(
@@ -49,14 +34,6 @@ def test_refuses_an_architecture_without_a_row():
         family_of("BertModel")
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", NATIVE)
 def test_equals_the_reference(tiny_models, tmp_path, name):
-    kinds = FAMILIES[f"{name}ForCausalLM"].kinds
-    changes = {layer: plan for layer, plan in PLAN.items() if plan.kind in kinds}
-    folder = write_random(tiny_models(name), tmp_path / "planned", changes)
-    prompt_logprobs = "freeze" not in kinds
-    reference = Reference(folder, changes)
-    expected = [reference.answer(prompt, 4) for prompt in prompts(LENGTHS)]
-    with engine(folder) as llm:
-        given = answers(llm, prompts(LENGTHS), 4, prompt_logprobs=prompt_logprobs)
-    assert_same(given, expected, TOLERANCE.get(name, 2e-4), prompt_logprobs=prompt_logprobs)
+    check(name, tiny_models(name), tmp_path / "planned")

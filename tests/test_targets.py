@@ -25,7 +25,7 @@ def figures(smollm2, tmp_path_factory):
         folder = tmp_path_factory.mktemp(name) / "planned"
         write_planned(source, plan, folder, fitted)
         candidates.append(Candidate(name, str(folder)))
-    return measure(str(smollm2), candidates, Settings((512,), tokens=8192, items=60))
+    return measure(str(smollm2), candidates, Settings((512,), tokens=4096, items=60))
 
 
 def test_perplexity(figures):

@@ -1,13 +1,15 @@
-"""Planned models over vLLM's Transformers backend: OLMo 2 for all of them, tests/test_families.py for each."""
+"""Planned models over vLLM's Transformers backend: OLMo 2 in full, and every other family."""
 
 import pytest
 
 from model_executors.attention_plan import LayerPlan
+from model_executors.families import FAMILIES
 from tests.answers import assert_same
 from tests.engines import NEW_TOKENS, answers, engine, runner, skipping
 from tests.fitted import write_random
+from tests.parity import check
 from tests.reference import answers_apart
-from tests.tiny import NUM_LAYERS, prompts
+from tests.tiny import CONFIGS, NUM_LAYERS, prompts
 
 PLANS = {
     "none": {},
@@ -31,6 +33,15 @@ def planned(tiny_models, tmp_path_factory):
     folders = {name: write_random(tiny_models("Olmo2"), root / name, plan) for name, plan in PLANS.items()}
     expected = answers_apart([(folders[name], PLANS[name]) for name in PLANS], prompts(), NEW_TOKENS)
     return {name: (folders[name], answer) for name, answer in zip(PLANS, expected, strict=True)}
+
+
+OTHERS = [name for name in CONFIGS if FAMILIES[f"{name}ForCausalLM"].module == "model_executors.transformers_decoder"]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_family_equals_the_reference(tiny_models, tmp_path, name):
+    """Before any engine of the same class: that changes transformers' own."""
+    check(name, tiny_models(name), tmp_path / "planned")
 
 
 @pytest.mark.parametrize("name", PLANS)

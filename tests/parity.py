@@ -1,0 +1,36 @@
+"""One family in vLLM against the plain reference, with every kind of layer that it can have at once."""
+
+from pathlib import Path
+
+from model_executors.attention_plan import LayerPlan
+from model_executors.families import FAMILIES
+from tests.answers import assert_same
+from tests.engines import answers, engine
+from tests.fitted import write_random
+from tests.reference import Reference
+from tests.tiny import prompts
+
+# Below the first frozen layer, and up to a tail. In some families, even layers have a sliding window of their own.
+PLAN = {
+    1: LayerPlan("window", 16),
+    2: LayerPlan("skip"),
+    3: LayerPlan("freeze"),
+    4: LayerPlan("freeze"),
+    5: LayerPlan("skip", consolidation="linear"),
+}
+LENGTHS = (2, 17, 129)
+# vLLM computes Apertus' activation partly in bfloat16.
+TOLERANCE = {"Apertus": 1e-2}
+
+
+def check(name: str, stock: Path, planned: Path) -> None:
+    """`stock` is the family's tiny model, and `planned` where to write it with the plan."""
+    kinds = FAMILIES[f"{name}ForCausalLM"].kinds
+    changes = {layer: plan for layer, plan in PLAN.items() if plan.kind in kinds}
+    folder = write_random(stock, planned, changes)
+    prompt_logprobs = "freeze" not in kinds
+    reference = Reference(folder, changes)
+    expected = [reference.answer(prompt, 4) for prompt in prompts(LENGTHS)]
+    with engine(folder) as llm:
+        given = answers(llm, prompts(LENGTHS), 4, prompt_logprobs=prompt_logprobs)
+    assert_same(given, expected, TOLERANCE.get(name, 2e-4), prompt_logprobs=prompt_logprobs)
