@@ -124,7 +124,7 @@ def test_nothing_that_was_found_is_lost_where_no_plan_is_good_enough(planted, da
 def test_refuses_too_small_a_budget(planted, data, tmp_path):
     result = run(planted, "--data", str(data), "--passes", "20", "--out", str(tmp_path / "out"))
     assert isinstance(result.exception, UsageError)
-    assert "--passes 20: too few to try each layer; raise it" in str(result.exception)
+    assert "--passes 20: too few to try a plan; raise it" in str(result.exception)
     assert not (tmp_path / "out").exists()
 
 

@@ -194,21 +194,25 @@ class Planner:
 
     def _plans(self, fitted: Mapping[str, torch.Tensor], budget: Budget, tried: Callable[[str], None]) -> list[Changes]:
         """Windows found and windows on the top layers, for each level; then each with its top changed."""
-        levels = sorted({*LEVELS, self.settings.goal.kv_saving or 0})
+        levels = sorted({*LEVELS, self.settings.goal.kv_saving or LEVELS[0]})
         path: list[Tried] = []
+        on_top: list[Tried] = []
+        tops: list[Tried] = []
         with suppress(Exhausted):
             asked = [Asked(self.model, task) for task in self.searched]
             kinds = self.source.family.kinds
             search = Search(asked, fitted, self.settings.window, kinds, self.layers, budget, tried)
+            for level in levels:
+                on_top.append(search.on_top(lambda changes, level=level: self._saved(changes) >= level))
+                tops += search.tops(on_top[-1].changes, on_top[-1].missed + SLACK)
             path = search.windows(lambda changes: self._saved(changes) >= levels[-1])
-        if not path:
-            raise UsageError(f"--passes {self.settings.passes:g}: too few to try each layer; raise it")
-        reached = [next((each for each in path if self._saved(each.changes) >= level), path[-1]) for level in levels]
-        stages = list({id(stage): stage for stage in reached}.values())
-        with suppress(Exhausted):
-            stages += [search.on_top(len(stage.changes)) for stage in stages]
-        plans = [*stages, *(top for stage in stages for top in search.tops(stage.changes, stage.missed + SLACK))]
-        return [plan.changes for plan in plans[:MOST_JUDGED]]
+        if not on_top:
+            raise UsageError(f"--passes {self.settings.passes:g}: too few to try a plan; raise it")
+        found = [
+            next((each for each in path if self._saved(each.changes) >= level), path[-1]) for level in levels if path
+        ]
+        plans = {tuple(sorted(plan.changes)): plan.changes for plan in (*found, *on_top)}
+        return [*plans.values(), *(plan.changes for plan in tops)][:MOST_JUDGED]
 
     def _saved(self, changes: Changes) -> float:
         """The part of the KV-cache bytes."""

@@ -114,9 +114,12 @@ class Search:
                     break
         return path
 
-    def on_top(self, count: int) -> Tried:
-        """Windows on the top layers: what the paper would leave out first."""
-        changes = dict.fromkeys(self.layers[-count:], self.window)
+    def on_top(self, enough: Callable[[Changes], bool]) -> Tried:
+        """Windows on the top layers, which the paper would leave out first; on all, where less is not enough."""
+        for count in range(1, len(self.layers) + 1):
+            changes = dict.fromkeys(self.layers[-count:], self.window)
+            if enough(changes):
+                break
         return Tried(changes, self.missed(changes))
 
     def tops(self, changes: Changes, most: float) -> list[Tried]:
