@@ -84,6 +84,7 @@ def test_generates_what_the_reference_answers(tiny_models, tmp_path, family, nam
 def test_last_queries_attend_as_among_all(earlier):
     generator = torch.Generator().manual_seed(earlier)
     query, key, value = (torch.randn(2, heads, QUERIES_AT_ONCE + 9, 16, generator=generator) for heads in (4, 2, 2))
-    settings = {"window": 8, "sink_logit": torch.randn(4), "sink_value": torch.randn(2, 16), "scaling": 0.3}
+    sink_logit, sink_value = torch.randn(4, generator=generator), torch.randn(2, 16, generator=generator)
+    settings = {"window": 8, "sink_logit": sink_logit, "sink_value": sink_value, "scaling": 0.3}
     whole = sink_attention(query, key, value, **settings)
     torch.testing.assert_close(sink_attention(query[:, :, earlier:], key, value, **settings), whole[:, earlier:])
