@@ -50,7 +50,7 @@ def looks(model: OfflineModel, number: int, batches: Sequence[Entered]) -> Looks
                 hook.remove()
         changed = after[0] if after else states + outputs[0]
         seen += watch.seen * len(states)
-        similar += float(torch.nn.functional.cosine_similarity(states, changed, dim=-1).mean()) * len(states)
+        similar += torch.nn.functional.cosine_similarity(states, changed, dim=-1).mean().item() * len(states)
         rows += len(states)
     sink, window = (seen / rows).tolist()
     return Looks(sink, window, similar / rows)
