@@ -29,6 +29,7 @@ class Looks:
     """The cosine of the stream before and after the attention, over all tokens."""
 
 
+@torch.no_grad()
 def looks(model: OfflineModel, number: int, batches: Sequence[Entered]) -> Looks:
     """Of one layer of the unchanged model; every text is longer than `WINDOW` tokens."""
     layer, attention = model.layers[number], model.attention(number)
