@@ -82,7 +82,7 @@ def plan(
     context: Annotated[int, typer.Option(help="With --auto: the tokens of requests to save for.")] = 4096,
     passes: Annotated[
         float, typer.Option(help="With --auto: the budget, in passes over the items searched with.")
-    ] = 120,
+    ] = 130,
 ) -> None:
     """Write a planned checkpoint, which vLLM serves with nothing else said.
 

@@ -23,7 +23,7 @@ from vllm_ext.offline import Batch, Item, OfflineModel
 from vllm_ext.planner.constants import fit_alone
 from vllm_ext.planner.judge import Goal, Judge, Judged
 from vllm_ext.planner.search import Budget, Changes, Exhausted, Search, Tried
-from vllm_ext.probe.attention import looks
+from vllm_ext.probe.attention import Looks, looks
 from vllm_ext.probe.scores import Asked
 from vllm_ext.probe.tasks import Task, bundled, given
 from vllm_ext.texts import prose
@@ -38,8 +38,9 @@ CALIBRATION_TOKENS = 16_384
 CALIBRATION_LENGTH = 1_024
 LEVELS = (0.25, 1 / 3, 0.5, 2 / 3)
 """Parts of the KV cache to save: for each, and for what the goal asks, windows are judged on the layers that the search
-found and on as many of the top ones; and both with the top layers frozen, or skipped."""
-MOST_JUDGED = 12
+found, on as many of the top ones, and on those whose attentions look near; and on the top ones with the top frozen, or
+skipped."""
+MOST_JUDGED = 14
 SLACK = 0.02
 """Nats that a frozen or skipped top may miss beyond the windows below it."""
 
@@ -60,7 +61,7 @@ class Settings:
     window: int = 128
     context: int = 4_096
     """Tokens of the requests for which savings are counted."""
-    passes: float = 120
+    passes: float = 130
     """The budget: forward passes over the items of the search, judging included."""
     seed: int = 0
     quick: bool = False
@@ -130,7 +131,7 @@ class Planner:
         found = Found(self._header())
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         if settings.quick:
-            found.changes = self._guess()
+            found.changes = self._guess(settings.goal.kv_saving or LEVELS[1])
             return found
         with Progress(*columns, console=Console(stderr=True)) as progress:
             bar = progress.add_task("tensors of every layer", total=settings.passes)
@@ -193,7 +194,7 @@ class Planner:
         return [self.model.enter(batch.tokens) for batch in batches]
 
     def _plans(self, fitted: Mapping[str, torch.Tensor], budget: Budget, tried: Callable[[str], None]) -> list[Changes]:
-        """Windows found and windows on the top layers, for each level; then each with its top changed."""
+        """Windows found, on the top layers, and guessed, for each level; then those on top with the top changed."""
         levels = sorted({*LEVELS, self.settings.goal.kv_saving or LEVELS[0]})
         path: list[Tried] = []
         on_top: list[Tried] = []
@@ -211,25 +212,29 @@ class Planner:
         found = [
             next((each for each in path if self._saved(each.changes) >= level), path[-1]) for level in levels if path
         ]
-        plans = {tuple(sorted(plan.changes)): plan.changes for plan in (*found, *on_top)}
+        judged = [*(plan.changes for plan in (*found, *on_top)), *map(self._guess, levels)]
+        plans = {tuple(sorted(changes)): changes for changes in judged}
         return [*plans.values(), *(plan.changes for plan in tops)][:MOST_JUDGED]
 
     def _saved(self, changes: Changes) -> float:
         """The part of the KV-cache bytes."""
         return saved_kv(self.config, AttentionPlan.of(self.source.num_layers, changes), self.settings.context)
 
-    def _guess(self) -> Changes:
-        """Windows where most of the attention is on the first token and the neighbours, as many as the goal wants."""
-        texts = self._calibration()[:1]
-        seen = {layer: looks(self.model, layer, texts) for layer in range(self.source.num_layers)}
-        order = sorted(self.layers, key=lambda layer: -(seen[layer].sink + seen[layer].window))
-        wanted = self.settings.goal.kv_saving or 1 / 3
+    def _guess(self, level: float) -> Changes:
+        """Windows where most of the attention is on the first token and the neighbours, to save that part."""
+        order = sorted(self.layers, key=lambda layer: -(self._seen[layer].sink + self._seen[layer].window))
         changes: dict[int, LayerPlan] = {}
         for layer in order:
             changes[layer] = LayerPlan("window", self.settings.window)
-            if self._saved(changes) >= wanted:
+            if self._saved(changes) >= level:
                 break
         return changes
+
+    @cached_property
+    def _seen(self) -> list[Looks]:
+        """What each layer's attention looks at."""
+        texts = self._calibration()[:1]
+        return [looks(self.model, layer, texts) for layer in range(self.source.num_layers)]
 
     def _header(self) -> dict[str, Any]:
         return {
