@@ -204,9 +204,9 @@ class Planner:
             kinds = self.source.family.kinds
             search = Search(asked, fitted, self.settings.window, kinds, self.layers, budget, tried)
             for level in levels:
-                on_top.append(search.on_top(lambda changes, level=level: self._saved(changes) >= level))
+                on_top.append(search.on_top(self._reaches(level)))
                 tops += search.tops(on_top[-1].changes, on_top[-1].missed + SLACK)
-            path = search.windows(lambda changes: self._saved(changes) >= levels[-1])
+            path = search.windows(self._reaches(levels[-1]))
         if not on_top:
             raise UsageError(f"--passes {self.settings.passes:g}: too few to try a plan; raise it")
         found = [
@@ -219,6 +219,10 @@ class Planner:
     def _saved(self, changes: Changes) -> float:
         """The part of the KV-cache bytes."""
         return saved_kv(self.config, AttentionPlan.of(self.source.num_layers, changes), self.settings.context)
+
+    def _reaches(self, level: float) -> Callable[[Changes], bool]:
+        """Whether a plan saves that part."""
+        return lambda changes: self._saved(changes) >= level
 
     def _guess(self, level: float) -> Changes:
         """Windows where most of the attention is on the first token and the neighbours, to save that part."""
