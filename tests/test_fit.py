@@ -25,7 +25,7 @@ from vllm_ext.checkpoint import Checkpoint, write_planned
 from vllm_ext.cli import app
 from vllm_ext.errors import UsageError
 from vllm_ext.fit import Fit, Moments, cut, fit, fit_passages, read_texts
-from vllm_ext.offline import QUERIES_AT_ONCE, Seen, load, sink_attention
+from vllm_ext.offline import Seen, load
 
 WINDOW = 8
 # Gemma's odd layers are those without a sliding window of their own.
@@ -177,28 +177,6 @@ def test_runs_layers_one_by_one_as_the_model_does(tiny_models, family):
         model(text, use_cache=False)
     expected = outputs[0].mean((0, 1))
     assert tensors[tensor_name(NUM_LAYERS - 1, "bias")].numpy() == pytest.approx(expected.numpy(), abs=1e-4)
-
-
-@pytest.mark.parametrize("length", [1, WINDOW - 1, WINDOW, WINDOW + 1, 3 * QUERIES_AT_ONCE + 1])
-@pytest.mark.parametrize("softcap", [None, 2.0])
-def test_sink_attention_is_what_a_loop_makes(length, softcap):
-    generator = torch.Generator().manual_seed(length)
-    query, key, value = (torch.randn(1, heads, length, 16, generator=generator) for heads in (4, 2, 2))
-    sink_logit, sink_value = torch.randn(4, generator=generator), torch.randn(2, 16, generator=generator)
-    settings = {"window": WINDOW, "sink_logit": sink_logit, "sink_value": sink_value, "scaling": 0.3}
-    attended = sink_attention(query, key, value, softcap=softcap, **settings)
-
-    expected = torch.empty(length, 4, 16)
-    for position in range(length):
-        near = range(max(0, position - WINDOW + 1), position + 1)
-        for head in range(4):
-            logits = torch.stack([query[0, head, position] @ key[0, head // 2, other] * 0.3 for other in near])
-            if softcap is not None:
-                logits = softcap * (logits / softcap).tanh()
-            weights = torch.cat([logits, sink_logit[head : head + 1]]).softmax(0)
-            values = torch.stack([*(value[0, head // 2, other] for other in near), sink_value[head // 2]])
-            expected[position, head] = weights @ values
-    torch.testing.assert_close(attended[0], expected)
 
 
 def test_a_window_as_long_as_the_passages_sees_the_first_token_from_everywhere(tiny_models):

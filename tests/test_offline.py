@@ -11,6 +11,7 @@ from tests.tiny import CONFIGS, NUM_LAYERS, prompts
 from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.offline import QUERIES_AT_ONCE, Batch, Changed, Item, OfflineModel, generate, sink_attention
 
+WINDOW = 8
 PLANS = {
     "none": {},
     "every kind": {
@@ -78,6 +79,28 @@ def test_generates_what_the_reference_answers(tiny_models, tmp_path, family, nam
     tokens = torch.tensor(asked)
     changed = Changed(model, changes, reference.fitted, torch.ones_like(tokens, dtype=torch.bool))
     assert generate(changed, tokens, 8).tolist() == [reference.answer(prompt, 8).tokens for prompt in asked]
+
+
+@pytest.mark.parametrize("length", [1, WINDOW - 1, WINDOW, WINDOW + 1, 3 * QUERIES_AT_ONCE + 1])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_sink_attention_is_what_a_loop_makes(length, softcap):
+    generator = torch.Generator().manual_seed(length)
+    query, key, value = (torch.randn(1, heads, length, 16, generator=generator) for heads in (4, 2, 2))
+    sink_logit, sink_value = torch.randn(4, generator=generator), torch.randn(2, 16, generator=generator)
+    settings = {"window": WINDOW, "sink_logit": sink_logit, "sink_value": sink_value, "scaling": 0.3}
+    attended = sink_attention(query, key, value, softcap=softcap, **settings)
+
+    expected = torch.empty(length, 4, 16)
+    for position in range(length):
+        near = range(max(0, position - WINDOW + 1), position + 1)
+        for head in range(4):
+            logits = torch.stack([query[0, head, position] @ key[0, head // 2, other] * 0.3 for other in near])
+            if softcap is not None:
+                logits = softcap * (logits / softcap).tanh()
+            weights = torch.cat([logits, sink_logit[head : head + 1]]).softmax(0)
+            values = torch.stack([*(value[0, head // 2, other] for other in near), sink_value[head // 2]])
+            expected[position, head] = weights @ values
+    torch.testing.assert_close(attended[0], expected)
 
 
 @pytest.mark.parametrize("earlier", [0, 1, 7, 8, 9, QUERIES_AT_ONCE])

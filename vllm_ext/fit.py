@@ -14,21 +14,20 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from model_executors.attention_plan import AttentionPlan, LayerPlan, tensor_name
 from model_executors.families import Family
 from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.errors import UsageError
-from vllm_ext.offline import Call, Seen, Skipped, Windowed, attending, capped, load
+from vllm_ext.offline import Call, Seen, Skipped, Windowed, attending, capped, load, read_tokenizer
+from vllm_ext.progress import progress
+from vllm_ext.versions import offline_versions
 
 RIDGE = 1e-3
 """Added to the diagonal of the inputs' covariance, as a part of its mean."""
@@ -62,14 +61,10 @@ def fit(
     """
     assert source.folder is not None
     _check(AutoConfig.from_pretrained(source.folder), plan, length)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source.folder)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"model {source.name}: no tokenizer in that folder to read text with; add it") from error
+    tokenizer = read_tokenizer(source)
     passages = cut(tokenizer, texts, tokens=tokens, length=length, seed=seed)
     tensors, errors = fit_passages(load(source.folder), source.family, plan, passages)
     text = {"name": name, "sha256": hashlib.sha256("\0".join(texts).encode()).hexdigest()}
-    versions = {package: version(package) for package in ("vllm-ext", "torch", "transformers")}
     return Fit(
         tensors,
         {
@@ -77,7 +72,7 @@ def fit(
             "tokens": passages.numel(),
             "length": length,
             "seed": seed,
-            "versions": versions,
+            "versions": offline_versions(),
             "relative_errors": {str(layer): round(error, 4) for layer, error in errors.items()},
         },
     )
@@ -147,16 +142,21 @@ def cut(
     return torch.tensor(chosen.sample(found, tokens // length))
 
 
+def own_window(config: PretrainedConfig, layer: int) -> int | None:
+    """The sliding window that the model itself gives the layer."""
+    kinds = getattr(config, "layer_types", None)
+    sliding: int | None = getattr(config, "sliding_window", None)
+    return sliding if kinds is None or kinds[layer] == "sliding_attention" else None
+
+
 def _check(config: PretrainedConfig, plan: AttentionPlan, length: int) -> None:
     """What would fail, or be fitted wrongly, long after the start."""
     longest = getattr(config, "max_position_embeddings", None) or length
     if length > longest:
         raise UsageError(f"--length {length}: the model takes {longest} tokens; lower it")
-    kinds = getattr(config, "layer_types", None)
-    sliding = getattr(config, "sliding_window", None)
     for layer in plan.fitted:
         window, rank = plan.layers[layer].window, plan.layers[layer].rank
-        if window is not None and sliding and (kinds is None or kinds[layer] == "sliding_attention"):
+        if window is not None and (sliding := own_window(config, layer)):
             raise UsageError(
                 f"window {window} on layer {layer}: the model gives that layer a sliding window of {sliding} already; "
                 "leave it full"
@@ -179,12 +179,12 @@ def fit_passages(
     last = plan.fitted[-1]
     tensors: dict[str, torch.Tensor] = {}
     errors: dict[int, float] = {}
-    with torch.no_grad(), _progress() as progress:
-        task = progress.add_task("embeddings", total=(2 + last + len(plan.fitted)) * len(passages))
-        stream = Stream(decoder, passages.to(device), lambda: progress.advance(task))
+    with torch.no_grad(), progress() as bars:
+        task = bars.add_task("embeddings", total=(2 + last + len(plan.fitted)) * len(passages))
+        stream = Stream(decoder, passages.to(device), lambda: bars.advance(task))
         for number in range(last + 1):
             layer_plan = plan.layers[number]
-            progress.update(task, description=f"layer {number} of 0-{last}: {layer_plan.kind}")
+            bars.update(task, description=f"layer {number} of 0-{last}: {layer_plan.kind}")
             layer = layers[number].to(device, torch.float32)
             attention = getattr(layer, family.attention)
             made: dict[str, torch.Tensor] = {}
@@ -346,9 +346,3 @@ def _on_disk(*shape: int) -> torch.Tensor:
     with tempfile.TemporaryDirectory() as folder:
         file = str(Path(folder) / "hidden_states")
         return torch.from_file(file, shared=True, size=math.prod(shape), dtype=torch.float32).view(shape)
-
-
-def _progress() -> Progress:
-    """On stderr."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True))

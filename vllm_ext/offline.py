@@ -16,6 +16,7 @@ from transformers import (
     AttentionMaskInterface,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
     CompressedTensorsConfig,
     DynamicCache,
     PreTrainedModel,
@@ -248,6 +249,19 @@ def load(folder: Path) -> PreTrainedModel:
     if loaded["missing_keys"]:
         raise UsageError(f"model {folder}: transformers finds no weights for {min(loaded['missing_keys'])}; convert it")
     return model
+
+
+def read_tokenizer(source: Checkpoint) -> Any:
+    """The checkpoint's tokenizer.
+
+    Raises:
+        UsageError: where there is none.
+
+    """
+    try:
+        return AutoTokenizer.from_pretrained(source.folder)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"model {source.name}: no tokenizer in that folder to read text with; add it") from error
 
 
 class Call(nn.Module):

@@ -231,9 +231,7 @@ def prepare_work(tokenizer: Any, settings: Settings) -> tuple[Work, dict[str, li
     documents = [tokenizer(text, add_special_tokens=False).input_ids for text in texts.prose("held_out")]
     passages = {length: _passages(documents, start, length, settings) for length in settings.lengths}
     questions = {
-        "capitals": [
-            (f"Q: What is the capital of {country}?\nA:", capital) for country, capital in texts.capitals().items()
-        ],
+        "capitals": [(texts.capital_question(country), capital) for country, capital in texts.capitals().items()],
         "sums": [(f"{a} + {b} =", str(a + b)) for a, b in texts.sums(settings.seed, 2 * settings.items + SHOTS)],
     }
     chosen = random.Random(settings.seed)

@@ -73,6 +73,11 @@ def capitals() -> dict[str, str]:
     return found
 
 
+def capital_question(country: str) -> str:
+    """What asks for its capital."""
+    return f"Q: What is the capital of {country}?\nA:"
+
+
 def sums(seed: int, n: int) -> list[tuple[int, int]]:
     """`n` different pairs of two-digit numbers to add."""
     pairs = random.Random(seed).sample(range(90 * 90), n)

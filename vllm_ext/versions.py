@@ -16,6 +16,11 @@ def vllm_distribution() -> tuple[str, str] | None:
     return None
 
 
+def offline_versions() -> dict[str, str]:
+    """The versions of what fits, probes and searches without vLLM."""
+    return {package: version(package) for package in ("vllm-ext", "torch", "transformers")}
+
+
 def vllm_problem() -> str | None:
     """Why this extension cannot work with the installed vLLM, with the cure; None where it can."""
     installed = vllm_distribution()

@@ -1,32 +1,31 @@
 """`vllm-ext plan --auto`: a plan searched for, judged on other items, and what was found on the way."""
 
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from model_executors.attention_plan import AttentionPlan, LayerPlan
 from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.errors import UsageError
-from vllm_ext.fit import cut
+from vllm_ext.fit import cut, own_window
 from vllm_ext.footprint import prefill_flops, saved_kv
-from vllm_ext.offline import Batch, Item, OfflineModel
+from vllm_ext.offline import Batch, Entered, Item, OfflineModel, read_tokenizer
 from vllm_ext.planner.constants import fit_alone
 from vllm_ext.planner.judge import Goal, Judge, Judged
 from vllm_ext.planner.search import Budget, Changes, Exhausted, Search, Tried
 from vllm_ext.probe.attention import Looks, looks
 from vllm_ext.probe.scores import Asked
 from vllm_ext.probe.tasks import Task, bundled, given
+from vllm_ext.progress import progress
 from vllm_ext.texts import prose
+from vllm_ext.versions import offline_versions
 
 SEARCHED: dict[str, int] = {"capitals": 32, "sums": 24, "reading": 16, "prose": 6}
 """Items to search with, by task."""
@@ -106,18 +105,9 @@ class Planner:
         self.source, self.settings = source, settings
         assert source.folder is not None
         self.config = AutoConfig.from_pretrained(source.folder)
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(source.folder)
-        except (OSError, ValueError) as error:
-            raise UsageError(f"model {source.name}: no tokenizer in that folder to read text with; add it") from error
+        self.tokenizer = read_tokenizer(source)
         self.searched, self.judged = self._tasks()
-        kinds = getattr(self.config, "layer_types", None)
-        sliding = getattr(self.config, "sliding_window", None)
-        self.layers = [
-            layer
-            for layer in range(source.num_layers)
-            if not (sliding and (kinds is None or kinds[layer] == "sliding_attention"))
-        ]
+        self.layers = [layer for layer in range(source.num_layers) if not own_window(self.config, layer)]
         self.model = OfflineModel(source)
 
     def find(self) -> Found:
@@ -129,33 +119,40 @@ class Planner:
         """
         settings = self.settings
         found = Found(self._header())
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         if settings.quick:
             found.changes = self._guess(settings.goal.kv_saving or LEVELS[1])
             return found
-        with Progress(*columns, console=Console(stderr=True)) as progress:
-            bar = progress.add_task("tensors of every layer", total=settings.passes)
-            fitted = fit_alone(self.model, self._calibration(), settings.window, self.layers)
+        with progress() as bars:
+            bar = bars.add_task("tensors of every layer", total=settings.passes)
+            fitted = fit_alone(self.model, list(self._calibration()), settings.window, self.layers)
             judging = _tokens(self.judged) / _tokens(self.searched)
             # The unchanged model is judged too, and what is written in the end.
             budget = Budget(settings.passes - judging * (MOST_JUDGED + 2))
 
             def tried(what: str) -> None:
-                progress.update(bar, description=what, completed=budget.used)
+                bars.update(bar, description=what, completed=budget.used)
 
             plans = self._plans(fitted, budget, tried)
             for number, changes in enumerate(plans):
-                progress.update(bar, description=f"judging {number + 1} of {len(plans)}")
+                bars.update(bar, description=f"judging {number + 1} of {len(plans)}")
                 found.front.append(self.judge(changes, fitted))
-                progress.advance(bar, judging)
+                bars.advance(bar, judging)
             found.passes = budget.used + judging * (len(plans) + 2)
         return found
 
     def judge(self, changes: Changes, fitted: Mapping[str, torch.Tensor]) -> Judged:
         """A plan's savings and scores."""
-        plan, full = (AttentionPlan.of(self.source.num_layers, each) for each in (changes, {}))
-        flops = [prefill_flops(self.config, self.source.family, each, self.settings.context) for each in (plan, full)]
-        return self._judge.judge(changes, fitted, self._saved(changes), 1 - flops[0] / flops[1])
+        saved = 1 - self._flops(changes) / self._full_flops
+        return self._judge.judge(changes, fitted, self._saved(changes), saved)
+
+    def _flops(self, changes: Changes) -> int:
+        """Operations of a prompt."""
+        plan = AttentionPlan.of(self.source.num_layers, changes)
+        return prefill_flops(self.config, self.source.family, plan, self.settings.context)
+
+    @cached_property
+    def _full_flops(self) -> int:
+        return self._flops({})
 
     @cached_property
     def _judge(self) -> Judge:
@@ -180,18 +177,23 @@ class Planner:
             judged.append(replace(task, items=task.items[third:]))
         return searched, judged
 
-    def _calibration(self) -> list[Any]:
-        passages = cut(
+    @cached_property
+    def _passages(self) -> torch.Tensor:
+        """Text to fit on and to look at, `[passages, tokens]`."""
+        longest = getattr(self.config, "max_position_embeddings", CALIBRATION_LENGTH)
+        return cut(
             self.tokenizer,
             prose("calibration"),
             tokens=CALIBRATION_TOKENS,
-            length=min(CALIBRATION_LENGTH, getattr(self.config, "max_position_embeddings", CALIBRATION_LENGTH)),
+            length=min(CALIBRATION_LENGTH, longest),
             seed=self.settings.seed,
         )
-        batches = [
-            Batch.of([Item(tuple(each.tolist()), ()) for each in part], self.model.device) for part in passages.split(4)
-        ]
-        return [self.model.enter(batch.tokens) for batch in batches]
+
+    def _calibration(self) -> Iterator[Entered]:
+        """Four passages at a time, where they enter the model."""
+        for part in self._passages.split(4):
+            batch = Batch.of([Item(tuple(each.tolist()), ()) for each in part], self.model.device)
+            yield self.model.enter(batch.tokens)
 
     def _plans(self, fitted: Mapping[str, torch.Tensor], budget: Budget, tried: Callable[[str], None]) -> list[Changes]:
         """Windows found, on the top layers, and guessed, for each level; then those on top with the top changed."""
@@ -237,8 +239,11 @@ class Planner:
     @cached_property
     def _seen(self) -> list[Looks]:
         """What each layer's attention looks at."""
-        texts = self._calibration()[:1]
-        return [looks(self.model, layer, texts) for layer in range(self.source.num_layers)]
+        text, seen = next(self._calibration()), []
+        for layer in range(self.source.num_layers):
+            seen.append(looks(self.model, layer, [text]))
+            text.forget(layer)
+        return seen
 
     def _header(self) -> dict[str, Any]:
         return {
@@ -246,11 +251,8 @@ class Planner:
             "layers": self.source.num_layers,
             "settings": asdict(self.settings),
             "searched": {task.name: len(task.items) for task in self.searched},
-            "tasks": {
-                task.name: {"score": task.score, "items": len(task.items), "source": task.source}
-                for task in self.judged
-            },
-            "versions": {package: version(package) for package in ("vllm-ext", "torch", "transformers")},
+            "tasks": {task.name: task.about for task in self.judged},
+            "versions": offline_versions(),
             "machine": f"{platform.machine()}, {self.model.device}",
         }
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from vllm_ext import texts
-from vllm_ext.offline import Batch, Changed, OfflineModel
+from vllm_ext.offline import Batch, Changed, Item, OfflineModel
 from vllm_ext.probe.manipulations import injected
 from vllm_ext.probe.scores import score
 from vllm_ext.probe.tasks import item
@@ -41,11 +41,11 @@ class Pairs:
         examples = "".join(_asked(*each) for each in chosen.sample(known, SHOTS))
         rest = [each for each in chosen.sample(known, len(known)) if _asked(*each) not in examples]
         rest = rest[: CANDIDATES * count]
-        items = [item(tokenizer, examples + _question(country), f" {city}\n") for country, city in rest]
+        items = [item(tokenizer, examples + texts.capital_question(country), f" {city}\n") for country, city in rest]
         alone = Batch.of(items, model.device)
         entered = model.enter(alone.tokens)
         right = [bool(each.all()) for each, _ in score(model, alone, entered.state(model, len(model.layers)))]
-        by_length: dict[int, list[Any]] = {}
+        by_length: dict[int, list[Item]] = {}
         for each, knows in zip(items, right, strict=True):
             if knows:
                 by_length.setdefault(len(each.prompt), []).append(each)
@@ -56,8 +56,8 @@ class Pairs:
             return
         self.places = _differing([(one.prompt, other.prompt) for one, other in pairs])
         self.own = Batch.of([one for one, _ in pairs], model.device)
-        self.others = Batch.of([type(one)(one.prompt, other.answer) for one, other in pairs], model.device)
-        donors = Batch.of([type(one)(other.prompt, ()) for one, other in pairs], model.device)
+        self.others = Batch.of([Item(one.prompt, other.answer) for one, other in pairs], model.device)
+        donors = Batch.of([Item(other.prompt, ()) for one, other in pairs], model.device)
         self.entered = [model.enter(batch.tokens) for batch in (self.own, self.others, donors)]
 
     def at(self, layer: int) -> Followed:
@@ -80,9 +80,5 @@ def _differing(prompts: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> li
     return [each + each[-1:] * (most - len(each)) for each in places]
 
 
-def _question(country: str) -> str:
-    return f"Q: What is the capital of {country}?\nA:"
-
-
 def _asked(country: str, city: str) -> str:
-    return f"{_question(country)} {city}\n"
+    return f"{texts.capital_question(country)} {city}\n"

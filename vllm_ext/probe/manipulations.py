@@ -22,7 +22,6 @@ TITLES: dict[Name, str] = {
     "skip": "skip attention",
     "drop": "this layer's attention alone",
 }
-Edit = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)

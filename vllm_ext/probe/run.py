@@ -8,18 +8,14 @@ import json
 import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import AutoTokenizer
 
 from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.errors import UsageError
-from vllm_ext.offline import OfflineModel
+from vllm_ext.offline import OfflineModel, read_tokenizer
 from vllm_ext.probe.attention import looks
 from vllm_ext.probe.injection import Pairs
 from vllm_ext.probe.manipulations import NAMES as MANIPULATIONS
@@ -27,6 +23,8 @@ from vllm_ext.probe.manipulations import Manipulation, manipulation
 from vllm_ext.probe.manipulations import Name as ManipulationName
 from vllm_ext.probe.scores import Asked
 from vllm_ext.probe.tasks import NAMES, SUMMARY_TOKENS, Name, Task, bundled, given
+from vllm_ext.progress import progress
+from vllm_ext.versions import offline_versions
 
 RESULTS = "results.jsonl"
 LOOKS_PASSAGES = 4
@@ -127,10 +125,7 @@ def probe(source: Checkpoint, out: Path, settings: Settings) -> Results:
 
     """
     source.check_weights()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source.folder)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"model {source.name}: no tokenizer in that folder to read text with; add it") from error
+    tokenizer = read_tokenizer(source)
     tasks = [bundled(name, tokenizer, settings.count(name), settings.seed) for name in settings.tasks]
     tasks += [given(Path(file), tokenizer, settings.items, settings.seed) for file in settings.data]
     if len({task.name for task in tasks}) < len(tasks):
@@ -139,8 +134,8 @@ def probe(source: Checkpoint, out: Path, settings: Settings) -> Results:
         "model": Path(source.name).name,
         "layers": source.num_layers,
         "settings": asdict(settings) | {"data": [Path(file).name for file in settings.data]},
-        "tasks": {task.name: {"score": task.score, "items": len(task.items), "source": task.source} for task in tasks},
-        "versions": {package: version(package) for package in ("vllm-ext", "torch", "transformers")},
+        "tasks": {task.name: task.about for task in tasks},
+        "versions": offline_versions(),
         "machine": f"{platform.machine()}, {'CUDA' if torch.cuda.is_available() else 'CPU'}",
     }
     results = Results(out, json.loads(json.dumps(header)))
@@ -177,18 +172,17 @@ def _run(
     pairs = (
         Pairs(model, tokenizer, settings.items, settings.seed) if any(key.name == "injection" for key in keys) else None
     )
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with progress() as bars:
         sizes = {task.name: task.tokens + (SUMMARY_TOKENS * 20 if task.score == "summaries" else 0) for task in tasks}
         total = sum(_work(key, sizes[key.task], num_layers) for key in keys)
-        bar = progress.add_task("", total=total)
+        bar = bars.add_task("", total=total)
         for key in keys:
-            progress.update(bar, description=f"layer {max(key.layer, 0)} of 0-{num_layers - 1}: {key.name}, {key.task}")
+            bars.update(bar, description=f"layer {max(key.layer, 0)} of 0-{num_layers - 1}: {key.name}, {key.task}")
             if key.layer >= 0:
                 for each in asked.values():
                     each.forget(key.layer)
             results.add(key, _result(model, key, asked[key.task], pairs, settings.seed))
-            progress.advance(bar, _work(key, sizes[key.task], num_layers))
+            bars.advance(bar, _work(key, sizes[key.task], num_layers))
 
 
 def _work(key: Key, tokens: int, num_layers: int) -> int:

@@ -50,6 +50,11 @@ class Task:
     """Where the items come from."""
 
     @property
+    def about(self) -> dict[str, Any]:
+        """What a report says of it."""
+        return {"score": self.score, "items": len(self.items), "source": self.source}
+
+    @property
     def tokens(self) -> int:
         """All that a model reads and writes."""
         return sum(len(item.prompt) + len(item.answer) for item in self.items)
@@ -112,7 +117,7 @@ def item(tokenizer: Any, prompt: str, answer: str) -> Item:
 
 
 def _capitals(tokenizer: Any, count: int, chosen: random.Random, split: Split) -> Task:
-    known = [(f"Q: What is the capital of {country}?\nA:", f" {city}\n") for country, city in texts.capitals().items()]
+    known = [(texts.capital_question(country), f" {city}\n") for country, city in texts.capitals().items()]
     return _with_examples(
         "capitals", tokenizer, _half(known, split), count, chosen, "", f"countryinfo {version('countryinfo')}"
     )

@@ -15,16 +15,10 @@ EXAMPLES = 5
 PROSE_TOKENS = 100_000
 
 
-def inspect(source: Checkpoint, positions: int) -> dict[str, Any]:
-    """The figures, by what they are called in the table.
-
-    Raises:
-        UsageError: for a model without a tokenizer, or with one that does not tell its tokens' bytes.
-
-    """
-    vocabulary, tokenizer = _vocabulary(source, positions)
+def figures(source: Checkpoint, vocabulary: CharacterVocabulary, tokenizer: Any) -> dict[str, Any]:
+    """By what they are called in the table."""
     vocab_size, hidden_size = source.config["vocab_size"], source.config["hidden_size"]
-    reasons = Counter(vocabulary.own.values())
+    positions, reasons = vocabulary.positions, Counter(vocabulary.own.values())
     prose = [token for text in texts.prose("held_out") for token in tokenizer(text, verbose=False).input_ids]
     return {
         "tokens": vocab_size,
@@ -44,15 +38,15 @@ def print_inspected(source: Checkpoint, positions: int) -> None:
     """Print the figures, and examples of what is not spelled to its end.
 
     Raises:
-        UsageError: as `inspect` does.
+        UsageError: for a model without a tokenizer, or with one that does not tell its tokens' bytes.
 
     """
+    vocabulary, tokenizer = _vocabulary(source, positions)
     table = Table(title=f"{source.name.rstrip('/').rsplit('/', 1)[-1]}: tokens spelled out", show_header=False)
     table.add_column()
     table.add_column(justify="right")
-    for name, value in inspect(source, positions).items():
+    for name, value in figures(source, vocabulary, tokenizer).items():
         table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.2%}")
-    vocabulary, tokenizer = _vocabulary(source, positions)
     examples = {"cut": vocabulary.cut[:EXAMPLES]}
     for reason in ("same bytes", "same beginning"):
         examples[reason] = tuple(token for token, why in vocabulary.own.items() if why == reason)[:EXAMPLES]
