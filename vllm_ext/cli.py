@@ -235,8 +235,8 @@ def probe(
 ) -> None:
     """Find which layers read earlier tokens: the experiments of *Attend First, Consolidate Later* on MODEL.
 
-    An interrupted run goes on where it stopped. The embedded model takes an hour or so on two cores; --every 3 a third
-    of that.
+    An interrupted run goes on where it stopped. Capitals, sums and prose of the embedded model take three minutes on
+    two cores with --every 3 --items 20.
     """
     from vllm_ext.checkpoint import Checkpoint
     from vllm_ext.probe.run import Settings
