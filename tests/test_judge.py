@@ -19,6 +19,12 @@ def test_a_task_may_lose_twice_as_much_as_the_mean():
     assert judged(0.1, 1.02, 1.01).loss < 0
 
 
+def test_what_a_task_loses_counts_as_far_as_its_items_can_tell():
+    tasks = {"a": Figure(0.5, 10, 0.8, (0.7, 0.97)), "b": Figure(0.5, 10, 1.2, (1.0, 1.4))}
+    assert Judged({}, 0.5, 0.0, tasks, 1.0).loss == pytest.approx(0.015)
+    assert Judged({}, 0.5, 0.0, tasks, 0.9).loss == pytest.approx(0.1)
+
+
 FRONT = [
     judged(0.3, 1.0, 0.99),
     judged(0.4, 0.99, 0.97),

@@ -94,6 +94,31 @@ def test_the_options_of_a_plan_say_the_same(planted, found, tmp_path):
     assert Checkpoint.open(str(tmp_path / "again"), weights=True).plan == Checkpoint.open(str(found), weights=True).plan
 
 
+def test_chooses_again_from_what_was_found(planted, data, found, tmp_path):
+    front = found / "report" / "front.json"
+    before = json.loads(front.read_text())
+    plans = [each for each in before["plans"] if not each["written"]]
+    least = min(each["kv_saved"] for each in plans)
+    options = ["--auto", "--front", str(front), "--kv-saving", str(least), *FIT, "--out", str(tmp_path / "again")]
+    result = CliRunner().invoke(app, ["plan", str(planted), *options])
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "again" / "report" / "front.json").read_text())
+    assert report["header"]["settings"]["goal"] == {"max_loss": None, "kv_saving": least}
+    assert report["passes"] == before["passes"]
+    assert [each["options"] for each in report["plans"] if not each["written"]] == [each["options"] for each in plans]
+    (written,) = [each for each in report["plans"] if each["written"]]
+    assert written["kv_saved"] >= least
+    assert Checkpoint.open(str(tmp_path / "again"), weights=True).plan is not None
+
+
+def test_refuses_a_front_of_another_model(tiny_models, found, tmp_path):
+    front = str(found / "report" / "front.json")
+    options = ["--auto", "--front", front, "--max-loss", "0.02", "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, ["plan", str(tiny_models("Qwen2")), *options])
+    assert isinstance(result.exception, UsageError)
+    assert "--front: it is of model of 6 layers" in str(result.exception)
+
+
 def test_a_guess_gives_windows_to_what_looks_near(planted, data, tmp_path):
     options = ["--data", str(data), "--kv-saving", "0.4", "--quick", "--out", str(tmp_path / "quick")]
     result = run(planted, *options)
@@ -136,6 +161,8 @@ def test_refuses_too_small_a_budget(planted, data, tmp_path):
         (["--auto", "--max-loss", "2"], "--max-loss 2.0: it is a part of all"),
         (["--auto", "--task", "chess"], "--task chess: there is none of that name"),
         (["--auto", "--passes", "0"], "--passes 0: choose 1 or more"),
+        (["--auto", "--front", "nowhere.json"], "--front nowhere.json: no front.json of vllm-ext plan --auto"),
+        (["--auto", "--front", "a.json", "--quick"], "--quick True: --front has what its search was made with"),
         (["--auto", "--data", "nowhere.jsonl"], "--data nowhere.jsonl: cannot be read"),
     ],
 )

@@ -21,9 +21,12 @@ from model_executors.attention_plan import (
     tensors_of,
 )
 from model_executors.families import Family, family_of
+from model_executors.head_plan import HeadPlan, head_tensor_name
 from vllm_ext.errors import UsageError
 
 if TYPE_CHECKING:  # it needs torch, which takes seconds to load
+    import torch
+
     from vllm_ext.fit import Fit
 
 CONFIG = "config.json"
@@ -121,6 +124,19 @@ class Checkpoint:
         except ValueError as error:
             raise UsageError(f"model {self.name}: {error}") from error
 
+    @property
+    def head(self) -> HeadPlan:
+        """The head that it was written with.
+
+        Raises:
+            UsageError: for a head that cannot be.
+
+        """
+        try:
+            return HeadPlan.from_config(self.config.get(CONFIG_KEY, {}).get("head"))
+        except ValueError as error:
+            raise UsageError(f"model {self.name}: {error}") from error
+
     def planned(self, changes: Mapping[int, LayerPlan]) -> AttentionPlan:
         """A plan for this stock checkpoint: attention in full but for `changes`, by layer.
 
@@ -160,6 +176,13 @@ class Checkpoint:
     def _changed_config(self, plan: AttentionPlan) -> dict[str, Any]:
         """The keys of `config.json` in which the planned checkpoint differs."""
         return {"architectures": [self.family.planned_architecture], CONFIG_KEY: plan.to_config()}
+
+    def head_shapes(self, head: HeadPlan) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors that the head needs beside the weights, by name."""
+        if head.kind != "char":
+            return {}
+        tensors = head.shape(self.config["hidden_size"], self.config["vocab_size"]).tensors
+        return {head_tensor_name(name): shape for name, shape in tensors.items()}
 
     def fitted_shapes(self, plan: AttentionPlan) -> dict[str, tuple[int | None, ...]]:
         """The shapes of the tensors that the plan needs beside the weights, by name; None where `config.json` leaves
@@ -210,9 +233,12 @@ class Checkpoint:
 
         files = {name: file for file, names in self.tensors.items() for name in names}
         assert self.folder is not None
-        for name, expected in self.fitted_shapes(self.plan).items() if self.plan is not None else ():
+        needed: dict[str, tuple[int | None, ...]] = {**self.head_shapes(self.head)}
+        if self.plan is not None:
+            needed |= self.fitted_shapes(self.plan)
+        for name, expected in needed.items():
             if name not in files:
-                raise UsageError(f"model {self.name}: no tensor {name}, which its plan needs; plan it again")
+                raise UsageError(f"model {self.name}: no tensor {name}, which its plan needs; write it again")
             with safe_open(self.folder / files[name], framework="pt") as weights:
                 shape = weights.get_slice(name).get_shape()
             wanted = [size or "any" for size in expected]
@@ -220,7 +246,7 @@ class Checkpoint:
                 size in ("any", found) for size, found in zip(wanted, shape, strict=True)
             ):
                 raise UsageError(
-                    f"model {self.name}: tensor {name} is {shape}, but the plan needs {wanted}; plan it again"
+                    f"model {self.name}: tensor {name} is {shape}, but the plan needs {wanted}; write it again"
                 )
 
     def _tensors_in(self, file: str) -> list[str]:
@@ -240,8 +266,22 @@ class Checkpoint:
             ) from error
 
 
-def write_planned(source: Checkpoint, plan: AttentionPlan, out: Path, fit: "Fit | None" = None) -> None:
-    """Write a planned checkpoint: weight files without the skipped tensors, the fitted ones, all else linked or copied.
+@dataclass(frozen=True)
+class Trained:
+    """What self-distillation made: the head, its tensors by their names in a checkpoint, and how it was trained."""
+
+    head: HeadPlan
+    tensors: "dict[str, torch.Tensor]"
+    replaced: "dict[str, torch.Tensor]"
+    """Weights that were trained further, by the names that the model's own have."""
+    provenance: dict[str, Any]
+
+
+def write_planned(
+    source: Checkpoint, plan: AttentionPlan, out: Path, fit: "Fit | None" = None, trained: Trained | None = None
+) -> None:
+    """Write a planned checkpoint: weight files without the skipped tensors, those fitted and trained, all else linked
+    or copied.
 
     The folder appears under its name only when it is complete.
 
@@ -255,13 +295,19 @@ def write_planned(source: Checkpoint, plan: AttentionPlan, out: Path, fit: "Fit 
     assert source.fitted_shapes(plan).keys() == (fit.tensors.keys() if fit is not None else set())
     check_out(out)
     changed = source._changed_config(plan)
+    added: dict[str, torch.Tensor] = {}
     with complete_folder(out) as building:
-        weight_map, dropped = _write_weights(source, plan, building)
+        weight_map, dropped = _write_weights(source, plan, building, trained.replaced if trained is not None else {})
         changed[CONFIG_KEY] |= {"made_by": f"vllm-ext {version('vllm-ext')}", "tensors_left_out": dropped}
         if fit is not None:
-            save_file(fit.tensors, building / FITTED, {"format": "pt"})
-            weight_map |= dict.fromkeys(fit.tensors, FITTED)
+            added |= fit.tensors
             changed[CONFIG_KEY]["fit"] = fit.provenance
+        if trained is not None:
+            added |= trained.tensors
+            changed[CONFIG_KEY] |= {"head": trained.head.to_config(), "training": trained.provenance}
+        if added:
+            save_file(added, building / FITTED, {"format": "pt"})
+            weight_map |= dict.fromkeys(added, FITTED)
         if (source.folder / INDEX).is_file():
             (building / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2) + "\n")
         for path in source.folder.iterdir():
@@ -294,7 +340,9 @@ def complete_folder(folder: Path) -> Iterator[Path]:
         raise
 
 
-def _write_weights(source: Checkpoint, plan: AttentionPlan, out: Path) -> tuple[dict[str, str], int]:
+def _write_weights(
+    source: Checkpoint, plan: AttentionPlan, out: Path, replaced: "Mapping[str, torch.Tensor]"
+) -> tuple[dict[str, str], int]:
     """Write the weight files; returns in which of them each tensor is, and how many tensors were left out."""
     from rich.console import Console
     from rich.progress import track
@@ -308,10 +356,11 @@ def _write_weights(source: Checkpoint, plan: AttentionPlan, out: Path) -> tuple[
         kept = [name for name in names if not source.family.drops(name, skipped)]
         weight_map |= dict.fromkeys(kept, file)
         with safe_open(source.folder / file, framework="pt") as weights:
-            if len(kept) == len(names):
+            if len(kept) == len(names) and not replaced.keys() & set(names):
                 _link_or_copy(source.folder / file, out / file)
             elif kept:
-                save_file({name: weights.get_tensor(name) for name in kept}, out / file, weights.metadata())
+                tensors = {name: replaced.get(name, weights.get_tensor(name)) for name in kept}
+                save_file(tensors, out / file, weights.metadata())
     return weight_map, sum(map(len, source.tensors.values())) - len(weight_map)
 
 

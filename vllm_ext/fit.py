@@ -23,9 +23,10 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrain
 
 from model_executors.attention_plan import AttentionPlan, LayerPlan, tensor_name
 from model_executors.families import Family
+from vllm_ext.attentions import Seen, Skipped, Windowed, attending, capped
 from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.errors import UsageError
-from vllm_ext.offline import Call, Seen, Skipped, Windowed, attending, capped, load, read_tokenizer
+from vllm_ext.offline import Call, load, read_tokenizer
 from vllm_ext.progress import progress
 from vllm_ext.versions import offline_versions
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -21,15 +21,14 @@ from transformers import (
     DynamicCache,
     PreTrainedModel,
 )
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from model_executors.attention_plan import FULL, LayerPlan, tensor_name, tensors_of
+from vllm_ext.attentions import Attend, Keep, Seen, Skipped, attend_as_told, attending
 from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.errors import UsageError
 
 ATTENTION = "vllm_ext_offline"
-QUERIES_AT_ONCE = 128
 LOGITS_AT_ONCE = 256
 """Rows whose logits are computed at once."""
 
@@ -95,7 +94,7 @@ class OfflineModel:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model: Any = load(source.folder)
         slow = self.device.type == "cpu" and model.dtype == torch.float16
-        self.model = model.to(self.device, torch.float32 if slow else model.dtype)
+        self.model = model.to(self.device, torch.float32 if slow else model.dtype).requires_grad_(False)
         self.decoder = self.model.model
         self.layers = self.decoder.layers
         self.family = source.family
@@ -112,12 +111,17 @@ class OfflineModel:
             self.decoder(tokens, **{"use_cache": False} | settings)
         return Entered(calls[0].hidden_states, calls)
 
-    @torch.no_grad()
     def logits(self, hidden_states: torch.Tensor) -> Iterator[torch.Tensor]:
         """`[rows, hidden_size]` that leave the last layer to float32 `[some rows, vocab_size]`, some rows at a time."""
         for rows in hidden_states.split(LOGITS_AT_ONCE):
             with self._in_place_of_layers([Give(rows[None])]):
                 yield self.model(torch.zeros(1, len(rows), dtype=torch.long, device=self.device)).logits[0].float()
+
+    def normed(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`[rows, hidden_size]` that leave the last layer to what the head reads."""
+        with self._in_place_of_layers([Give(hidden_states[None])]):
+            tokens = torch.zeros(1, len(hidden_states), dtype=torch.long, device=self.device)
+            return self.decoder(tokens, use_cache=False).last_hidden_state[0]
 
     @contextmanager
     def _in_place_of_layers(self, modules: Sequence[nn.Module]) -> Iterator[None]:
@@ -167,14 +171,12 @@ class Changed:
         self.frozen: torch.Tensor | None = None
         self.frozen_kv: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    @torch.no_grad()
     def run(self, entered: Entered, hidden_states: torch.Tensor, first: int) -> torch.Tensor:
         """From what enters layer `first` to what leaves the last, both `[batch, length, hidden_size]`."""
         for number in range(first, len(self.model.layers)):
             hidden_states = self.layer(number, hidden_states, entered)
         return hidden_states
 
-    @torch.no_grad()
     def layer(self, number: int, hidden_states: torch.Tensor, entered: Entered) -> torch.Tensor:
         """`[batch, length, hidden_size]` through one layer."""
         plan = self.plans.get(number, FULL)
@@ -235,7 +237,7 @@ def load(folder: Path) -> PreTrainedModel:
         UsageError: for weights that transformers cannot read in full, as most quantized ones.
 
     """
-    AttentionInterface.register(ATTENTION, _attention)
+    AttentionInterface.register(ATTENTION, attend_as_told)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     settings: dict[str, Any] = {"dtype": "auto", "attn_implementation": ATTENTION, "output_loading_info": True}
     quantization = getattr(AutoConfig.from_pretrained(folder), "quantization_config", None)
@@ -290,175 +292,3 @@ class Give(nn.Module):
     def forward(self, *unused_args: Any, **unused: Any) -> torch.Tensor:
         """`[1, rows, hidden_size]`"""
         return self.hidden_states
-
-
-class Seen(Exception):  # noqa: N818 - no error
-    """Ends a layer's run where all that was to be seen of it has been seen."""
-
-
-class Keep:
-    """Takes the place of an attention function, and keeps what it would attend to."""
-
-    key: torch.Tensor
-    value: torch.Tensor
-
-    def __call__(
-        self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
-    ) -> NoReturn:
-        """`key` and `value` are `[batch, num_kv_heads, length, head_size]`."""
-        self.key, self.value = key, value
-        raise Seen
-
-
-class Attend:
-    """Takes the place of an attention function: with the K and V of some rows frozen, or a window and a sink, or both.
-
-    `frozen_kv` are `[batch, num_kv_heads, length, head_size]`, `frozen_rows` `[batch, length]`.
-    """
-
-    def __init__(
-        self,
-        frozen_kv: tuple[torch.Tensor, torch.Tensor] | None = None,
-        frozen_rows: torch.Tensor | None = None,
-        **window: Any,
-    ) -> None:
-        self.frozen_kv, self.frozen_rows, self.window = frozen_kv, frozen_rows, window
-
-    def __call__(
-        self,
-        module: nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        scaling: float,
-        softcap: float | None = None,
-        **settings: Any,
-    ) -> tuple[torch.Tensor, None]:
-        """As transformers' attention functions; with a window the mask is the causal one, since no row is padded."""
-        if self.frozen_kv is not None:
-            assert self.frozen_rows is not None
-            rows, length = self.frozen_rows[:, None, :, None], self.frozen_rows.shape[1]
-            key, value = (
-                torch.cat([torch.where(rows, frozen, own[:, :, :length]), own[:, :, length:]], 2)
-                for frozen, own in zip(self.frozen_kv, (key, value), strict=True)
-            )
-        if self.window:
-            return sink_attention(query, key, value, scaling=scaling, softcap=softcap, **self.window), None
-        return stock_attention(module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, **settings)
-
-
-class Windowed(nn.Module):
-    """Takes an attention's place: the same with a window and a constant sink."""
-
-    def __init__(self, attention: nn.Module, window: int, sink_logit: torch.Tensor, sink_value: torch.Tensor) -> None:
-        super().__init__()
-        self.attention = attention
-        self.attend = Attend(window=window, sink_logit=sink_logit, sink_value=sink_value)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the attention's."""
-        with attending(self.attention, self.attend):
-            return self.attention(*args, **kwargs)
-
-
-class Skipped(nn.Module):
-    """Takes an attention's place: nothing, a constant vector, or a linear map of its input."""
-
-    def __init__(self, **made: torch.Tensor) -> None:
-        super().__init__()
-        self.made = made
-
-    def forward(self, hidden_states: torch.Tensor, *unused_args: Any, **unused: Any) -> tuple[torch.Tensor, None]:
-        """As the attention's: `[1, length, hidden_size]` to the same."""
-        made = {name: tensor.to(hidden_states) for name, tensor in self.made.items()}
-        added = torch.zeros_like(hidden_states)
-        if "weight" in made:
-            added = hidden_states @ made["weight"].T
-        elif "down" in made:
-            added = hidden_states @ made["down"].T @ made["up"].T
-        return added + made.get("bias", 0), None
-
-
-def sink_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    window: int,
-    sink_logit: torch.Tensor,
-    sink_value: torch.Tensor,
-    scaling: float,
-    softcap: float | None = None,
-) -> torch.Tensor:
-    """Attention to the last `window` tokens, the token itself included, and to a constant sink; `window` tokens and
-    `QUERIES_AT_ONCE` queries at a time.
-
-    `query` is `[batch, num_heads, queries, head_size]`, those of the last tokens, `key` and `value` `[batch,
-    num_kv_heads, length, head_size]`, `sink_logit` `[num_heads]`, `sink_value` `[num_kv_heads, head_size]`; returns
-    `[batch, queries, num_heads, head_size]`, as transformers' attention functions do.
-    """
-    dtype, groups = query.dtype, query.shape[1] // key.shape[1]
-    query, key, value, sink_logit, sink_value = (each.float() for each in (query, key, value, sink_logit, sink_value))
-    earlier = key.shape[2] - query.shape[2]
-    outputs: list[torch.Tensor] = []
-    for queries in query.split(QUERIES_AT_ONCE, 2):
-        start = earlier + sum(each.shape[1] for each in outputs)
-        end = start + queries.shape[2]
-        first = max(0, start - window + 1)
-        keys, values = (part[:, :, first:end].repeat_interleave(groups, 1) for part in (key, value))
-        scores = capped(queries @ keys.transpose(2, 3) * scaling, softcap)
-        behind = torch.arange(start, end, device=query.device)[:, None] - torch.arange(first, end, device=query.device)
-        scores = scores.masked_fill((behind < 0) | (behind >= window), -torch.inf)
-        sink = sink_logit[:, None, None].expand(*scores.shape[:-1], 1)
-        weights = torch.cat([scores, sink], -1).softmax(-1)
-        attended = weights[..., :-1] @ values + weights[..., -1:] * sink_value.repeat_interleave(groups, 0)[:, None]
-        outputs.append(attended.transpose(1, 2))
-    return torch.cat(outputs, 1).to(dtype)
-
-
-def _attention(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
-) -> Any:
-    """The attention function of the model that is fitted: a layer's own where it is given one."""
-    own = getattr(module, "attend", stock_attention)
-    return own(module, query, key, value, *args, **kwargs)
-
-
-def stock_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    softcap: float | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """The model's own. PyTorch's knows no soft cap."""
-    if softcap is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    return sink_attention(
-        query,
-        key,
-        value,
-        window=kwargs.get("sliding_window") or key.shape[2],
-        sink_logit=query.new_full((query.shape[1],), -torch.inf),  # none
-        sink_value=value.new_zeros(value.shape[1], value.shape[3]),
-        scaling=kwargs["scaling"],
-        softcap=softcap,
-    ), None
-
-
-def capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
-    """Attention's logits under Gemma 2's soft cap, where there is one."""
-    return logits if softcap is None else (logits / softcap).tanh() * softcap
-
-
-@contextmanager
-def attending(attention: Any, attend: Callable[..., Any]) -> Iterator[None]:
-    """Give an attention another attention function."""
-    attention.attend = attend
-    try:
-        yield
-    finally:
-        del attention.attend

@@ -9,8 +9,9 @@ from contextlib import suppress
 import torch
 
 from model_executors.attention_plan import LayerPlan, tensor_name
+from vllm_ext.attentions import Seen, attending
 from vllm_ext.fit import Moments, Sinks
-from vllm_ext.offline import Entered, OfflineModel, Seen, attending
+from vllm_ext.offline import Entered, OfflineModel
 
 LINEAR = LayerPlan("skip", consolidation="linear")
 

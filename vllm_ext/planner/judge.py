@@ -30,8 +30,11 @@ class Judged:
 
     @property
     def loss(self) -> float:
-        """Of the mean score, or half of what the worst task loses, whichever is more."""
-        return max(1 - self.kept, (1 - self.worst) / 2)
+        """Of the mean score, or half of what a task loses for sure, whichever is more: a task has too few items to tell
+        a few hundredths from chance, so there the near end of its interval counts.
+        """
+        sure = (each.interval[1] if each.interval else each.ratio for each in self.tasks.values())
+        return max(1 - self.kept, *((1 - kept) / 2 for kept in sure if kept is not None))
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Goal:
     """
 
     max_loss: float | None = None
-    """Of the mean task score; no task may lose more than twice as much."""
+    """Of the mean task score; no task may surely lose more than twice as much."""
     kv_saving: float | None = None
     """The least part of the KV-cache bytes to save."""
 

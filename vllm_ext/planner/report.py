@@ -11,6 +11,9 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure as Picture
 
 from model_executors.attention_plan import FULL, KINDS, Kind
+from vllm_ext.errors import UsageError
+from vllm_ext.figures import Figure
+from vllm_ext.layers import layer_plans
 from vllm_ext.pages import write_page, write_picture
 from vllm_ext.planner.judge import Judged
 from vllm_ext.planner.run import Found
@@ -50,6 +53,41 @@ def write(found: Found, out: Path, command: Sequence[str]) -> Path:
         command=shlex.join(command),
     )
     return file
+
+
+def read(file: Path) -> Found:
+    """What an earlier search came to, from its `front.json`.
+
+    Raises:
+        UsageError: for a file that is none, or holds a guess.
+
+    """
+    try:
+        content = json.loads(file.read_text())
+        front = [
+            Judged(
+                _changes(row["options"]),
+                row["kv_saved"],
+                row["prefill_saved"],
+                {name: Figure(**figure) for name, figure in row["tasks"].items()},
+                row["kept"],
+            )
+            for row in content["plans"]
+            if not row["written"]
+        ]
+        found = Found(content["header"], front=front, passes=content["passes"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"--front {file}: no front.json of vllm-ext plan --auto ({error})") from error
+    if not front:
+        raise UsageError(f"--front {file}: it holds a guess, and no plans to choose from")
+    return found
+
+
+def _changes(options: str) -> Changes:
+    """What `described` describes."""
+    words = iter(options.split())
+    given: dict[str, Any] = {name.removeprefix("--"): value for name, value in zip(words, words, strict=True)}
+    return layer_plans(**given)
 
 
 def described(changes: Changes) -> str:

@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers import AutoConfig
@@ -65,6 +65,22 @@ class Settings:
     seed: int = 0
     quick: bool = False
     """Only guess, from what each attention looks at."""
+
+    @classmethod
+    def of(cls, header: Mapping[str, Any], goal: Goal, source: Checkpoint) -> Self:
+        """Those of an earlier search, with another goal.
+
+        Raises:
+            UsageError: where that one was of another model.
+
+        """
+        model = f"{_named(source)} of {source.num_layers} layers"
+        if (header["model"], header["layers"]) != (_named(source), source.num_layers):
+            raise UsageError(f"--front: it is of {header['model']} of {header['layers']} layers, and this is {model}")
+        settings: dict[str, Any] = {
+            name: tuple(each) if isinstance(each, list) else each for name, each in header["settings"].items()
+        }
+        return cls(**settings | {"goal": goal})
 
     def __post_init__(self) -> None:
         for task in self.tasks:
@@ -247,7 +263,7 @@ class Planner:
 
     def _header(self) -> dict[str, Any]:
         return {
-            "model": self.source.name.rstrip("/").rsplit("/", 1)[-1],
+            "model": _named(self.source),
             "layers": self.source.num_layers,
             "settings": asdict(self.settings),
             "searched": {task.name: len(task.items) for task in self.searched},
@@ -255,6 +271,10 @@ class Planner:
             "versions": offline_versions(),
             "machine": f"{platform.machine()}, {self.model.device}",
         }
+
+
+def _named(source: Checkpoint) -> str:
+    return source.name.rstrip("/").rsplit("/", 1)[-1]
 
 
 def _tokens(tasks: Sequence[Task]) -> int:

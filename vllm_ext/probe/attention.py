@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from vllm_ext.offline import Attend, Entered, OfflineModel, attending, capped
+from vllm_ext.attentions import Attend, attending, capped
+from vllm_ext.offline import Entered, OfflineModel
 
 WINDOW = 128
 

@@ -1,0 +1,109 @@
+"""Character heads: small heads that spell the next token, in place of the projection to the whole vocabulary.
+
+*SpeLLM* (arXiv 2507.16323, section 3): head p gives the distribution of the token's p-th character, and a token's score
+is the sum of its characters' log-probabilities. Here a character is a symbol of `vllm_ext/spell/vocabulary.py`, and a
+head has weights only for the symbols that some token has in its place, its *slots*. The score is thus a linear map of
+few numbers, whose matrix has a one for each symbol of each token: the sums of all V tokens are taken in one pass.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from model_executors.head_plan import HeadShape
+
+PAD = -1
+"""In `spellings`: no symbol, since the token has ended."""
+
+
+class Spelling(nn.Module):
+    """The sums of every token's symbols.
+
+    `spellings` `[vocab_size, places]` are each token's slots, in the order of its places, and `PAD` after the last one.
+    """
+
+    slots: torch.Tensor
+    """Those of all tokens, one token after the other."""
+    offsets: torch.Tensor
+    """`[vocab_size]`: where each token's begin."""
+    grid: torch.Tensor
+    """`[slots]`: where each slot's logit stands when all places are laid out equally wide."""
+
+    def __init__(self, spellings: torch.Tensor, shape: HeadShape) -> None:
+        super().__init__()
+        spelled = spellings != PAD
+        self.places, self.widest = len(shape.slots), max(shape.slots)
+        lengths = spelled.sum(1)
+        starts = (torch.arange(self.places) * self.widest).tolist()
+        grid = [torch.arange(number) + start for number, start in zip(shape.slots, starts, strict=True)]
+        self.register_buffer("slots", spellings[spelled].int(), persistent=False)
+        self.register_buffer("offsets", (lengths.cumsum(0) - lengths).int(), persistent=False)
+        self.register_buffer("grid", torch.cat(grid), persistent=False)
+
+    def log_probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """`[rows, slots]`: each place's logits to its log-probabilities."""
+        grid = logits.new_full((len(logits), self.places * self.widest), -torch.inf)
+        grid[:, self.grid] = logits
+        return grid.unflatten(1, (self.places, self.widest)).log_softmax(-1).flatten(1)[:, self.grid]
+
+    def sums(self, log_probabilities: torch.Tensor) -> torch.Tensor:
+        """`[rows, slots]` to every token's score, `[rows, vocab_size]`; in float32."""
+        table = log_probabilities.float().T.contiguous()
+        return nn.functional.embedding_bag(self.slots, table, self.offsets, mode="sum").T.contiguous()
+
+
+class CharacterHead(nn.Module):
+    """From the model's last state to the log-probabilities of all tokens, normalised over the vocabulary.
+
+    The tensors of `HeadShape.tensors` are its parameters; `spell` must be called once they are there.
+    """
+
+    spelling: Spelling
+    spellings: nn.Parameter
+    weight: nn.Parameter
+    bias: nn.Parameter
+    gate_up: nn.Parameter
+    down: nn.Parameter
+
+    def __init__(self, shape: HeadShape, dtype: torch.dtype, device: Any = None) -> None:
+        super().__init__()
+        self.shape = shape
+        for name, size in shape.tensors.items():
+            tensor = torch.zeros(size, dtype=torch.int16 if name == "spellings" else dtype)
+            self.register_parameter(name, nn.Parameter(tensor.to(device), requires_grad=False))
+
+    def spell(self) -> None:
+        """Prepare the sums, from `spellings`."""
+        self.spelling = Spelling(self.spellings.cpu(), self.shape).to(self.weight.device)
+
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`[rows, hidden_size]` to each slot's logit, `[rows, slots]`."""
+        if self.shape.width:
+            gate, up = (hidden_states @ self.gate_up.T).chunk(2, -1)
+            hidden_states = hidden_states + (nn.functional.silu(gate) * up) @ self.down.T
+        return nn.functional.linear(hidden_states, self.weight, self.bias)
+
+    def scores(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`[rows, hidden_size]` to the spelled scores, `[rows, vocab_size]`: the sums of log-probabilities."""
+        return self.spelling.sums(self.spelling.log_probabilities(self.logits(hidden_states).float()))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`[rows, hidden_size]` to log-probabilities over the vocabulary, `[rows, vocab_size]`, in float32."""
+        return self.scores(hidden_states).log_softmax(-1)
+
+
+def slots_of(spellings: Sequence[Sequence[int]], places: int) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """`spellings` `[vocab_size, places]` in slots, from those in symbols, and how many slots each place has."""
+    used = [sorted({spelled[place] for spelled in spellings if len(spelled) > place}) for place in range(places)]
+    used = [symbols for symbols in used if symbols]
+    starts = torch.tensor([0, *map(len, used)]).cumsum(0).tolist()
+    slots = [
+        {symbol: start + i for i, symbol in enumerate(symbols)}
+        for start, symbols in zip(starts[:-1], used, strict=True)
+    ]
+    found = torch.full((len(spellings), len(used)), PAD, dtype=torch.int16)
+    for row, spelled in zip(found, spellings, strict=True):
+        row[: len(spelled)] = torch.tensor([slots[place][symbol] for place, symbol in enumerate(spelled)])
+    return found, tuple(map(len, used))

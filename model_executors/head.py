@@ -1,0 +1,70 @@
+"""Heads that stand before or in place of the stock one, inside the engine.
+
+Each is called with the last states and the stock head, which it asks for the rows that it does not answer itself.
+"""
+
+import math
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+
+from model_executors.character_head import CharacterHead
+from model_executors.head_metrics import HeadMetrics
+from model_executors.head_plan import HeadPlan, head_tensor_name
+
+StockHead = Callable[[torch.Tensor], torch.Tensor | None]
+"""`[rows, hidden_size]` to `[rows, vocab_size]`; None on a tensor-parallel rank that does not sample."""
+
+
+class SpellingHead(nn.Module):
+    """Character heads (*SpeLLM*, arXiv 2507.16323); rows whose spelling is unsure go to the stock head.
+
+    Every tensor-parallel rank holds all of them. Which rows fall back is read on the host where there is a threshold,
+    since the stock head runs for these rows only.
+    """
+
+    def __init__(self, plan: HeadPlan, vllm_config: VllmConfig) -> None:
+        super().__init__()
+        config = vllm_config.model_config
+        shape = plan.shape(config.get_hidden_size(), config.get_vocab_size())
+        assert isinstance(config.dtype, torch.dtype)
+        self.heads = CharacterHead(shape, config.dtype)
+        self.threshold = plan.threshold
+        self.metrics = HeadMetrics(str(config.served_model_name))
+
+    @property
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """The parameters by the names they have in a checkpoint."""
+        return {head_tensor_name(name): parameter for name, parameter in self.heads.named_parameters()}
+
+    def loaded(self) -> None:
+        """To be called once the tensors are there."""
+        self.heads.spell()
+
+    def forward(self, hidden_states: torch.Tensor, stock: StockHead) -> torch.Tensor | None:
+        """`[rows, hidden_size]` to log-probabilities, or the stock head's logits, `[rows, vocab_size]`."""
+        start = time.perf_counter()
+        if self.threshold >= 1:
+            logits = stock(hidden_states)
+            self.metrics.count(0, len(hidden_states), time.perf_counter() - start)
+            return logits
+        scores = self.heads(hidden_states)
+        best = scores.amax(-1)
+        unsure = (best < math.log(self.threshold)).nonzero()[:, 0] if self.threshold else best.new_empty(0)
+        if len(unsure):
+            exact = stock(hidden_states[unsure])
+            if exact is None:
+                return None
+            scores[unsure] = exact.float()
+        self.metrics.count(len(hidden_states) - len(unsure), len(unsure), time.perf_counter() - start)
+        self.metrics.observe(best)
+        return scores
+
+
+def head_of(vllm_config: VllmConfig) -> SpellingHead | None:
+    """The head that the model's configuration asks for; None is the stock one."""
+    plan = HeadPlan.from_hf_config(vllm_config.model_config.hf_config)
+    return None if plan.kind == "stock" else SpellingHead(plan, vllm_config)

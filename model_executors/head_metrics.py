@@ -1,0 +1,52 @@
+"""Counters of the head, kept in the engine's process.
+
+They reach `/metrics` through prometheus-client's multiprocess files, which `vllm-ext serve` sets up.
+"""
+
+import os
+from functools import cache
+
+import torch
+from prometheus_client import Counter, Histogram
+
+LABELS = ("model_name",)
+CONFIDENCES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+
+
+@cache
+def _rows() -> Counter:
+    return Counter("vllm_ext_head_rows", "Rows of logits by the head that made them.", (*LABELS, "head"))
+
+
+@cache
+def _seconds() -> Counter:
+    return Counter("vllm_ext_head_seconds", "Time in the head, as the host sees it.", LABELS)
+
+
+@cache
+def _confidence() -> Histogram:
+    name, documentation = "vllm_ext_head_confidence", "Probability of the best spelled token of a row."
+    return Histogram(name, documentation, LABELS, buckets=CONFIDENCES)
+
+
+class HeadMetrics:
+    """Of one model; without multiprocess files nothing is kept, since nobody could read it."""
+
+    def __init__(self, model_name: str) -> None:
+        self.kept = "PROMETHEUS_MULTIPROC_DIR" in os.environ
+        self.model_name = model_name
+
+    def count(self, own: int, stock: int, seconds: float) -> None:
+        """Rows that the head answered itself, and that the stock one did, and how long that took."""
+        if not self.kept:
+            return
+        for head, number in (("own", own), ("stock", stock)):
+            _rows().labels(self.model_name, head).inc(number)
+        _seconds().labels(self.model_name).inc(seconds)
+
+    def observe(self, log_probabilities: torch.Tensor) -> None:
+        """`[rows]`, of each row's best token; on a CPU only, since elsewhere the host would wait for them."""
+        if not self.kept or log_probabilities.device.type != "cpu":
+            return
+        for probability in log_probabilities.exp().tolist():
+            _confidence().labels(self.model_name).observe(probability)

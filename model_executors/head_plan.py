@@ -1,0 +1,105 @@
+"""The head's plan: what turns the last state into logits. It travels beside the attention plan, as `vllm_ext.head`."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, Self, get_args
+
+from model_executors.attention_plan import CONFIG_KEY
+
+Kind = Literal["stock", "char", "screened"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """The sizes of character heads.
+
+    Raises:
+        ValueError: for sizes below one.
+
+    """
+
+    hidden_size: int
+    vocab_size: int
+    slots: tuple[int, ...]
+    """How many symbols each place's head tells apart, first place first."""
+    width: int = 0
+    """Of the gated block between the model's last state and the heads; 0 is none."""
+
+    def __post_init__(self) -> None:
+        if not self.slots or min(self.hidden_size, self.vocab_size, *self.slots) < 1 or self.width < 0:
+            raise ValueError(f"character heads of {self}: sizes are 1 or more")
+
+    @property
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors, by name: `spellings` are each token's slots, all else are weights."""
+        block = {"gate_up": (2 * self.width, self.hidden_size), "down": (self.hidden_size, self.width)}
+        return {
+            "spellings": (self.vocab_size, len(self.slots)),
+            "weight": (sum(self.slots), self.hidden_size),
+            "bias": (sum(self.slots),),
+            **(block if self.width else {}),
+        }
+
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """Which head, and its sizes.
+
+    Raises:
+        ValueError: for an unknown kind, or sizes and thresholds that cannot be.
+
+    """
+
+    kind: Kind = "stock"
+    slots: tuple[int, ...] = ()
+    """Of character heads: how many symbols each place's head tells apart."""
+    width: int = 0
+    """Of character heads: of the gated block before them; 0 is none."""
+    threshold: float = 0.0
+    """Of character heads: rows whose best token is spelled with less probability go to the stock head; 0 is none, 1
+    all."""
+    shortlist: int = 64
+    """Of the screened head: how many tokens it scores in full."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"head is {self.kind!r}; use one of {', '.join(KINDS)}")
+        if self.kind == "char" and not self.slots:
+            raise ValueError("head is char but the checkpoint has no character heads; train them with vllm-ext spell")
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f"threshold is {self.threshold!r}; it is a probability, from 0 to 1")
+        if self.shortlist < 1:
+            raise ValueError(f"shortlist is {self.shortlist!r}; choose 1 or more")
+
+    @classmethod
+    def from_hf_config(cls, hf_config: Any) -> Self:
+        """Read a configuration's head; the stock one where it names none.
+
+        Raises:
+            ValueError: as the constructor does, and for an entry of another form.
+
+        """
+        section = getattr(hf_config, CONFIG_KEY, None)
+        return cls.from_config(section.get("head") if isinstance(section, dict) else None)
+
+    @classmethod
+    def from_config(cls, entry: Any) -> Self:
+        """Read the entry `head`: a kind, or an object with the kind and its settings; None is the stock head."""
+        settings = {"kind": entry} if isinstance(entry, str) else entry or {}
+        if not isinstance(settings, dict) or not settings.keys() <= {field.name for field in fields(cls)}:
+            raise ValueError(f"{entry!r} is no head; use one of {', '.join(KINDS)}, or {{'kind': ...}}")
+        return cls(**settings | {"slots": tuple(settings.get("slots", ()))})
+
+    def shape(self, hidden_size: int, vocab_size: int) -> HeadShape:
+        """Of character heads for a model of these sizes."""
+        return HeadShape(hidden_size, vocab_size, self.slots, self.width)
+
+    def to_config(self) -> dict[str, Any]:
+        """The shortest entry that `from_config` reads back."""
+        settings = {name: value for name, value in asdict(self).items() if value != getattr(HeadPlan, name)}
+        return settings | ({"slots": list(self.slots)} if self.slots else {})
+
+
+def head_tensor_name(name: str) -> str:
+    """What a tensor of the head is called in a checkpoint; `HeadShape.tensors` tells their shapes."""
+    return f"{CONFIG_KEY}.head.{name}"

@@ -1,0 +1,183 @@
+"""Attention functions for transformers' attentions, and what takes an attention's place where a plan says so."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+QUERIES_AT_ONCE = 128
+
+
+class Seen(Exception):  # noqa: N818 - no error
+    """Ends a layer's run where all that was to be seen of it has been seen."""
+
+
+class Keep:
+    """Takes the place of an attention function, and keeps what it would attend to."""
+
+    key: torch.Tensor
+    value: torch.Tensor
+
+    def __call__(
+        self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+    ) -> NoReturn:
+        """`key` and `value` are `[batch, num_kv_heads, length, head_size]`."""
+        self.key, self.value = key, value
+        raise Seen
+
+
+class Attend:
+    """Takes the place of an attention function: with the K and V of some rows frozen, or a window and a sink, or both.
+
+    `frozen_kv` are `[batch, num_kv_heads, length, head_size]`, `frozen_rows` `[batch, length]`.
+    """
+
+    def __init__(
+        self,
+        frozen_kv: tuple[torch.Tensor, torch.Tensor] | None = None,
+        frozen_rows: torch.Tensor | None = None,
+        **window: Any,
+    ) -> None:
+        self.frozen_kv, self.frozen_rows, self.window = frozen_kv, frozen_rows, window
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float,
+        softcap: float | None = None,
+        **settings: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """As transformers' attention functions; with a window the mask is the causal one, since no row is padded."""
+        if self.frozen_kv is not None:
+            assert self.frozen_rows is not None
+            rows, length = self.frozen_rows[:, None, :, None], self.frozen_rows.shape[1]
+            key, value = (
+                torch.cat([torch.where(rows, frozen, own[:, :, :length]), own[:, :, length:]], 2)
+                for frozen, own in zip(self.frozen_kv, (key, value), strict=True)
+            )
+        if self.window:
+            return sink_attention(query, key, value, scaling=scaling, softcap=softcap, **self.window), None
+        return stock_attention(module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, **settings)
+
+
+class Windowed(nn.Module):
+    """Takes an attention's place: the same with a window and a constant sink."""
+
+    def __init__(self, attention: nn.Module, window: int, sink_logit: torch.Tensor, sink_value: torch.Tensor) -> None:
+        super().__init__()
+        self.attention = attention
+        self.attend = Attend(window=window, sink_logit=sink_logit, sink_value=sink_value)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the attention's."""
+        with attending(self.attention, self.attend):
+            return self.attention(*args, **kwargs)
+
+
+class Skipped(nn.Module):
+    """Takes an attention's place: nothing, a constant vector, or a linear map of its input."""
+
+    def __init__(self, **made: torch.Tensor) -> None:
+        super().__init__()
+        self.made = made
+
+    def forward(self, hidden_states: torch.Tensor, *unused_args: Any, **unused: Any) -> tuple[torch.Tensor, None]:
+        """As the attention's: `[1, length, hidden_size]` to the same."""
+        made = {name: tensor.to(hidden_states) for name, tensor in self.made.items()}
+        added = torch.zeros_like(hidden_states)
+        if "weight" in made:
+            added = hidden_states @ made["weight"].T
+        elif "down" in made:
+            added = hidden_states @ made["down"].T @ made["up"].T
+        return added + made.get("bias", 0), None
+
+
+def sink_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    window: int,
+    sink_logit: torch.Tensor,
+    sink_value: torch.Tensor,
+    scaling: float,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Attention to the last `window` tokens, the token itself included, and to a constant sink; `window` tokens and
+    `QUERIES_AT_ONCE` queries at a time.
+
+    `query` is `[batch, num_heads, queries, head_size]`, those of the last tokens, `key` and `value` `[batch,
+    num_kv_heads, length, head_size]`, `sink_logit` `[num_heads]`, `sink_value` `[num_kv_heads, head_size]`; returns
+    `[batch, queries, num_heads, head_size]`, as transformers' attention functions do.
+    """
+    dtype, groups = query.dtype, query.shape[1] // key.shape[1]
+    query, key, value, sink_logit, sink_value = (each.float() for each in (query, key, value, sink_logit, sink_value))
+    earlier = key.shape[2] - query.shape[2]
+    outputs: list[torch.Tensor] = []
+    for queries in query.split(QUERIES_AT_ONCE, 2):
+        start = earlier + sum(each.shape[1] for each in outputs)
+        end = start + queries.shape[2]
+        first = max(0, start - window + 1)
+        keys, values = (part[:, :, first:end].repeat_interleave(groups, 1) for part in (key, value))
+        scores = capped(queries @ keys.transpose(2, 3) * scaling, softcap)
+        behind = torch.arange(start, end, device=query.device)[:, None] - torch.arange(first, end, device=query.device)
+        scores = scores.masked_fill((behind < 0) | (behind >= window), -torch.inf)
+        sink = sink_logit[:, None, None].expand(*scores.shape[:-1], 1)
+        weights = torch.cat([scores, sink], -1).softmax(-1)
+        attended = weights[..., :-1] @ values + weights[..., -1:] * sink_value.repeat_interleave(groups, 0)[:, None]
+        outputs.append(attended.transpose(1, 2))
+    return torch.cat(outputs, 1).to(dtype)
+
+
+def attend_as_told(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    """The attention function of the model that is fitted: a layer's own where it is given one."""
+    own = getattr(module, "attend", stock_attention)
+    return own(module, query, key, value, *args, **kwargs)
+
+
+def stock_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """The model's own. PyTorch's knows no soft cap."""
+    if softcap is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return sink_attention(
+        query,
+        key,
+        value,
+        window=kwargs.get("sliding_window") or key.shape[2],
+        sink_logit=query.new_full((query.shape[1],), -torch.inf),  # none
+        sink_value=value.new_zeros(value.shape[1], value.shape[3]),
+        scaling=kwargs["scaling"],
+        softcap=softcap,
+    ), None
+
+
+def capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """Attention's logits under Gemma 2's soft cap, where there is one."""
+    return logits if softcap is None else (logits / softcap).tanh() * softcap
+
+
+@contextmanager
+def attending(attention: Any, attend: Callable[..., Any]) -> Iterator[None]:
+    """Give an attention another attention function."""
+    attention.attend = attend
+    try:
+        yield
+    finally:
+        del attention.attend
