@@ -1,0 +1,90 @@
+"""Character heads with random weights, and the slow, obvious version of them."""
+
+import math
+import random
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from model_executors.attention_plan import LayerPlan
+from model_executors.character_head import slots_of
+from model_executors.head_plan import HeadPlan, HeadShape, head_tensor_name
+from tests.fitted import write_random
+from tests.reference import Reference
+from vllm_ext.checkpoint import Checkpoint, Trained, write_planned
+from vllm_ext.fit import Fit
+
+PLACES = 4
+LETTERS = 7
+
+
+def random_spellings(tokens: int, seed: int = 0) -> list[tuple[int, ...]]:
+    """Different spellings of 1 to 4 symbols; those of less than 4 end with a symbol of its own."""
+    chosen = random.Random(seed)
+    found: dict[tuple[int, ...], None] = {}
+    while len(found) < tokens:
+        spelled = tuple(chosen.randrange(LETTERS) for _ in range(chosen.randint(1, PLACES)))
+        found.setdefault((*spelled, LETTERS) if len(spelled) < PLACES else spelled)
+    return list(found)
+
+
+def random_tensors(shape: HeadShape, spellings: torch.Tensor, seed: int = 0) -> dict[str, torch.Tensor]:
+    """The head's tensors by name; wide enough that greedy choices are clear."""
+    chosen = torch.Generator().manual_seed(seed)
+    tensors = {
+        name: torch.randn(size, generator=chosen) / math.sqrt(size[-1])
+        for name, size in shape.tensors.items()
+        if name != "spellings"
+    }
+    return {"spellings": spellings, **tensors}
+
+
+def write_spelled(stock: Path, out: Path, changes: Mapping[int, LayerPlan], threshold: float = 0.0) -> Path:
+    """Write `stock` with a random plan as `write_random` does, and random character heads."""
+    source = Checkpoint.open(str(stock), weights=True)
+    spellings, slots = slots_of(random_spellings(source.config["vocab_size"]), PLACES)
+    head = HeadPlan("char", slots=slots, width=24, threshold=threshold)
+    shape = head.shape(source.config["hidden_size"], source.config["vocab_size"])
+    tensors = {head_tensor_name(name): each for name, each in random_tensors(shape, spellings).items()}
+    planned = write_random(stock, out.with_name(f"{out.name}-without"), changes)
+    fitted = planned / "vllm_ext.safetensors"
+    plan = source.planned(changes)
+    fit = Fit(load_file(fitted), {"text": "random"}) if plan.fitted else None
+    write_planned(source, plan, out, fit, Trained(head, tensors, {}, {"text": "random"}))
+    return out
+
+
+def spelled_logprobs(tensors: Mapping[str, torch.Tensor], slots: tuple[int, ...], state: torch.Tensor) -> torch.Tensor:
+    """`[hidden_size]` to `[vocab_size]`, token by token and symbol by symbol."""
+    if "gate_up" in tensors:
+        gate, up = (tensors["gate_up"] @ state).chunk(2)
+        state = state + tensors["down"] @ (torch.nn.functional.silu(gate) * up)
+    places = torch.cat([part.log_softmax(0) for part in (tensors["weight"] @ state + tensors["bias"]).split(slots)])
+    scores = [sum(places[slot] for slot in spelled.tolist() if slot >= 0) for spelled in tensors["spellings"]]
+    return torch.stack(scores).log_softmax(0)
+
+
+class SpelledReference(Reference):
+    """A model whose head spells, and falls back to its own head below a threshold."""
+
+    def __init__(self, folder: Path, changes: Mapping[int, LayerPlan]) -> None:
+        super().__init__(folder, changes)
+        self.head = Checkpoint.open(str(folder), weights=True).head
+        self.tensors = {name: self.fitted[head_tensor_name(name)] for name in self._names()}
+        self.fallbacks = 0
+
+    def _names(self) -> list[str]:
+        return [name.rsplit(".", 1)[1] for name in self.fitted if name.startswith(head_tensor_name(""))]
+
+    def logprobs(self, tokens: list[int]) -> torch.Tensor:
+        """`[num_tokens, vocab_size]`"""
+        states = self.model.model(torch.tensor([tokens]), use_cache=False).last_hidden_state[0]
+        rows = [spelled_logprobs(self.tensors, self.head.slots, state) for state in states]
+        unsure = [row.max().exp().item() < self.head.threshold or self.head.threshold == 1 for row in rows]
+        self.fallbacks += unsure[-1]
+        stock = self.model.lm_head(states).float().log_softmax(-1)
+        return torch.stack(
+            [stock[i] if below else row for i, (row, below) in enumerate(zip(rows, unsure, strict=True))]
+        )

@@ -1,0 +1,80 @@
+"""The spelled scores, against a plain sum over each token's symbols."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model_executors.character_head import PAD, CharacterHead, slots_of
+from model_executors.head_plan import HeadShape
+from tests.spelled import PLACES, random_spellings, random_tensors, spelled_logprobs
+
+HIDDEN = 16
+
+
+def head_of(spellings, width=0, seed=0, places=PLACES):
+    """A head in float32, and its tensors."""
+    found, slots = slots_of(spellings, places)
+    shape = HeadShape(HIDDEN, len(spellings), slots, width)
+    tensors = random_tensors(shape, found, seed)
+    head = CharacterHead(shape, torch.float32)
+    for name, tensor in tensors.items():
+        head.get_parameter(name).data.copy_(tensor)
+    head.spell()
+    return head, tensors
+
+
+@pytest.mark.parametrize("width", [0, 8])
+@pytest.mark.parametrize("rows", [1, 2, 33])
+def test_is_the_sum_over_symbols(width, rows):
+    head, tensors = head_of(random_spellings(300), width)
+    states = torch.randn(rows, HIDDEN, generator=torch.Generator().manual_seed(1))
+    expected = torch.stack([spelled_logprobs(tensors, head.shape.slots, state) for state in states])
+    torch.testing.assert_close(head(states), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(head(states).exp().sum(-1), torch.ones(rows))
+
+
+def test_no_rows():
+    head, _ = head_of(random_spellings(20))
+    assert head(torch.empty(0, HIDDEN)).shape == (0, 20)
+
+
+SPELLINGS = st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=6).map(tuple), min_size=1, max_size=30)
+
+
+@settings(deadline=None)
+@given(SPELLINGS, st.integers(0, 2**32))
+def test_any_spellings(spellings, seed):
+    """Of one symbol or six, the same ones twice, places that only one token reaches."""
+    head, tensors = head_of(spellings, seed=seed, places=6)
+    state = torch.randn(HIDDEN, generator=torch.Generator().manual_seed(seed))
+    expected = spelled_logprobs(tensors, head.shape.slots, state)
+    torch.testing.assert_close(head(state[None])[0], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_rows_do_not_change_each_other():
+    """A row's scores are the same alone and among others, to the bit, so that ties are settled alike."""
+    head, _ = head_of(random_spellings(300))
+    places = head.spelling.log_probabilities(torch.randn(40, sum(head.shape.slots)))
+    together = head.spelling.sums(places)
+    for row in range(40):
+        assert torch.equal(head.spelling.sums(places[row : row + 1])[0], together[row])
+
+
+def test_equal_spellings_tie_and_the_first_token_wins():
+    head, _ = head_of([(0, 9), (1, 9), (0, 9), (1, 9)])
+    scores = head(torch.randn(50, HIDDEN))
+    assert torch.equal(scores[:, 0], scores[:, 2])
+    assert set(scores.argmax(-1).tolist()) == {0, 1}
+
+
+def test_slots_are_numbered_place_after_place():
+    found, slots = slots_of([(5, 7), (6,), (5, 8, 5)], 4)
+    assert slots == (2, 2, 1)  # the fourth place is nobody's
+    assert found.tolist() == [[0, 2, PAD], [1, PAD, PAD], [0, 3, 4]]
+
+
+@pytest.mark.parametrize("sizes", [{"slots": ()}, {"slots": (3, 0)}, {"hidden_size": 0}, {"width": -1}])
+def test_refuses_sizes(sizes):
+    with pytest.raises(ValueError, match="sizes are 1 or more"):
+        HeadShape(**{"hidden_size": 8, "vocab_size": 8, "slots": (3,)} | sizes)
