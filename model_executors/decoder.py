@@ -27,6 +27,7 @@ from model_executors.consolidation import Consolidation
 from model_executors.families import Family, family_of
 from model_executors.freeze import Freeze, FrozenAttention, frozen_backend
 from model_executors.head import SpellingHead, head_of
+from model_executors.screened_head import screen
 from model_executors.stream import DeferredLayers, ResidualSum
 from model_executors.window import WindowAttention, rebuilt
 
@@ -61,6 +62,7 @@ class AttentionPlanDecoder(nn.Module):
         if get_pp_group().is_last_rank:
             self._defer_upper_layers(vllm_config)
             self.head = head_of(vllm_config)
+            screen(getattr(self, "lm_head", None), vllm_config)
         if self.head is not None:
             self.fitted |= self.head.tensors
         self.unfitted = set(self.fitted)

@@ -46,11 +46,10 @@ class SpellingHead(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, stock: StockHead) -> torch.Tensor | None:
         """`[rows, hidden_size]` to log-probabilities, or the stock head's logits, `[rows, vocab_size]`."""
-        start = time.perf_counter()
         if self.threshold >= 1:
-            logits = stock(hidden_states)
-            self.metrics.count(0, len(hidden_states), time.perf_counter() - start)
-            return logits
+            with self.metrics.timed(0, len(hidden_states)):
+                return stock(hidden_states)
+        start = time.perf_counter()
         scores = self.heads(hidden_states)
         best = scores.amax(-1)
         unsure = (best < math.log(self.threshold)).nonzero()[:, 0] if self.threshold else best.new_empty(0)
@@ -65,6 +64,6 @@ class SpellingHead(nn.Module):
 
 
 def head_of(vllm_config: VllmConfig) -> SpellingHead | None:
-    """The head that the model's configuration asks for; None is the stock one."""
+    """The character heads that the model's configuration asks for; None where the stock head is asked."""
     plan = HeadPlan.from_hf_config(vllm_config.model_config.hf_config)
-    return None if plan.kind == "stock" else SpellingHead(plan, vllm_config)
+    return SpellingHead(plan, vllm_config) if plan.kind == "char" else None

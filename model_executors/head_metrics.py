@@ -4,6 +4,9 @@ They reach `/metrics` through prometheus-client's multiprocess files, which `vll
 """
 
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -35,6 +38,13 @@ class HeadMetrics:
     def __init__(self, model_name: str) -> None:
         self.kept = "PROMETHEUS_MULTIPROC_DIR" in os.environ
         self.model_name = model_name
+
+    @contextmanager
+    def timed(self, own: int, stock: int) -> Iterator[None]:
+        """Count these rows, and the time that passes."""
+        start = time.perf_counter()
+        yield
+        self.count(own, stock, time.perf_counter() - start)
 
     def count(self, own: int, stock: int, seconds: float) -> None:
         """Rows that the head answered itself, and that the stock one did, and how long that took."""

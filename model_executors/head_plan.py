@@ -58,7 +58,7 @@ class HeadPlan:
     threshold: float = 0.0
     """Of character heads: rows whose best token is spelled with less probability go to the stock head; 0 is none, 1
     all."""
-    shortlist: int = 64
+    shortlist: int = 256
     """Of the screened head: how many tokens it scores in full."""
 
     def __post_init__(self) -> None:

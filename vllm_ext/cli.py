@@ -29,6 +29,14 @@ Data = Annotated[
     typer.Option(help="A file with a task of your own: SQuAD, CNN/DailyMail, or JSON lines with prompt and answer."),
 ]
 Freeze = Annotated[str | None, typer.Option(help="Layers that prompt tokens end below: 20-29.")]
+Head = Annotated[
+    Literal["stock", "char", "screened"] | None,
+    typer.Option(help="What makes logits: the stock head, the checkpoint's character heads, or a screened stock head."),
+]
+Agreement = Annotated[
+    float | None,
+    typer.Option(help="With character heads: how often the top token is to be the stock head's, as 0.98."),
+]
 
 
 @model_app.command("fetch")
@@ -164,16 +172,23 @@ def plan(
 
 
 @app.command("serve", context_settings=VLLM_OPTIONS)
-def serve(context: typer.Context, model: Model, skip: Skip = None, freeze: Freeze = None) -> None:
+def serve(
+    context: typer.Context,
+    model: Model,
+    skip: Skip = None,
+    freeze: Freeze = None,
+    head: Head = None,
+    agreement: Agreement = None,
+) -> None:
     """Serve a model on 127.0.0.1:8000 through vLLM; every option of `vllm serve` may follow.
 
-    Without --skip or --freeze it serves the checkpoint as it is, stock or planned.
+    Without --skip, --freeze or --head it serves the checkpoint as it is, stock or planned.
     """
     from vllm_ext.layers import layer_plans
     from vllm_ext.serve import serve as run
 
     changes = None if skip is freeze is None else layer_plans(skip=skip, freeze=freeze)
-    run(model, changes, context.args)
+    run(model, changes, context.args, head, agreement)
 
 
 @app.command("compare", context_settings=VLLM_OPTIONS)
@@ -185,6 +200,8 @@ def compare(
     ] = None,
     freeze: Freeze = None,
     planned: Annotated[str | None, typer.Option(help="A planned checkpoint, in place of --skip and --freeze.")] = None,
+    head: Head = None,
+    agreement: Agreement = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file too.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="How often each of the two is started and measured.")] = 3,
     prompt_tokens: Annotated[int, typer.Option(min=2, help="Tokens of a long prompt.")] = 1024,
@@ -196,14 +213,16 @@ def compare(
     from vllm_ext.compare import compare as run
     from vllm_ext.layers import layer_plans
 
-    if (planned is None) == (skip is freeze is None):
-        raise UsageError("compare needs either --planned, or --skip or --freeze or both")
-    given = {"--skip": skip, "--freeze": freeze, "--planned": planned and Path(planned).name}
+    overlaid = not (skip is freeze is None)
+    if (planned is not None and overlaid) or (planned is head is None and not overlaid):
+        raise UsageError("compare needs either --planned, or some of --skip, --freeze and --head")
+    given = {"--skip": skip, "--freeze": freeze, "--planned": planned and Path(planned).name, "--head": head}
+    given["--agreement"] = None if agreement is None else f"{agreement:g}"
     described = " ".join(f"{option} {value}" for option, value in given.items() if value is not None)
-    changes = None if planned else layer_plans(skip=skip, freeze=freeze)
+    changes = layer_plans(skip=skip, freeze=freeze) if overlaid else None
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers it started end with it
     work = Work(prompt_tokens, answer_tokens, streams)
-    run(model, Planned(described, changes, planned), context.args, work, rounds, json_file)
+    run(model, Planned(described, changes, planned, head, agreement), context.args, work, rounds, json_file)
 
 
 @app.command("quality", context_settings=VLLM_OPTIONS)
@@ -213,6 +232,11 @@ def quality(
     planned: Annotated[list[str] | None, typer.Option(help="A planned checkpoint; may be given several times.")] = None,
     skip: Skip = None,
     freeze: Freeze = None,
+    head: Head = None,
+    agreement: Annotated[
+        list[float] | None,
+        typer.Option(help="Of planned checkpoints with character heads: agreements to serve each at, one by one."),
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file too.")] = None,
     length: Annotated[
         list[int] | None,
@@ -228,9 +252,14 @@ def quality(
     from vllm_ext.quality import quality as run
 
     candidates = [Candidate(Path(folder).name, folder) for folder in planned or []]
-    if skip is not None or freeze is not None:
-        given = [f"{option} {value}" for option, value in (("skip", skip), ("freeze", freeze)) if value is not None]
-        candidates.append(Candidate(", ".join(given), model, layer_plans(skip=skip, freeze=freeze)))
+    for folder in planned or []:
+        for each in agreement or []:
+            candidates.append(Candidate(f"{Path(folder).name} at {each:g}", folder, None, "char", each))
+    overlaid = {"skip": skip, "freeze": freeze, "head": head}
+    given = [f"{option} {value}" for option, value in overlaid.items() if value is not None]
+    if given:
+        changes = None if skip is freeze is None else layer_plans(skip=skip, freeze=freeze)
+        candidates.append(Candidate(", ".join(given), model, changes, head))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the engines it started end with it
     run(model, candidates, Settings(tuple(length or Settings.lengths), tokens, items, seed), context.args, json_file)
 

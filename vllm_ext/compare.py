@@ -24,6 +24,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from model_executors.attention_plan import LayerPlan
+from model_executors.head_plan import Kind as HeadKind
 from vllm_ext.errors import UsageError
 from vllm_ext.process import free_port, running
 from vllm_ext.serve import prepare
@@ -93,6 +94,8 @@ class Planned:
     """A plan laid over the stock checkpoint."""
     folder: str | None = None
     """A planned checkpoint."""
+    head: HeadKind | None = None
+    agreement: float | None = None
 
 
 def compare(
@@ -104,8 +107,10 @@ def compare(
         UsageError: for a plan that does not fit, or a server that does not start.
 
     """
-    checkpoint, overrides = prepare(model, planned.changes, vllm_args)
-    if planned.folder is not None and prepare(planned.folder, None, vllm_args)[0].plan is None:
+    checkpoint = prepare(model, None, vllm_args)[0]
+    settings = (planned.changes, vllm_args, planned.head, planned.agreement)
+    opened, overrides = prepare(planned.folder or model, *settings)
+    if planned.folder is not None and opened.plan is None:
         raise UsageError(f"--planned {planned.folder}: it has no attention plan; write one with vllm-ext plan")
     if json_file is not None and not json_file.parent.is_dir():
         raise UsageError(f"--json {json_file}: no such folder; create {json_file.parent}")

@@ -27,6 +27,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from model_executors.attention_plan import LayerPlan
+from model_executors.head_plan import Kind as HeadKind
 from vllm_ext import texts
 from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.errors import UsageError
@@ -51,6 +52,8 @@ class Candidate:
     model: str
     changes: Mapping[int, LayerPlan] | None = None
     """A plan laid over it; None for the checkpoint as it is."""
+    head: HeadKind | None = None
+    agreement: float | None = None
 
 
 @dataclass(frozen=True)
@@ -184,7 +187,10 @@ def measure(
 
     """
     stock = Candidate(STOCK, model)
-    prepared = {each.name: prepare(each.model, each.changes, vllm_args) for each in (stock, *candidates)}
+    prepared = {
+        each.name: prepare(each.model, each.changes, vllm_args, each.head, each.agreement)
+        for each in (stock, *candidates)
+    }
     if len(prepared) <= len(candidates):
         raise UsageError(f"two of {', '.join(each.name for each in candidates)} have the same name; rename a folder")
     checkpoint, _ = prepared[STOCK]

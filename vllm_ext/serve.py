@@ -6,12 +6,16 @@ Everything that can be known beforehand is checked first, so that a mistake cost
 import argparse
 import os
 import socket
+import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import psutil
 
-from model_executors.attention_plan import LayerPlan
+from model_executors.attention_plan import CONFIG_KEY, LayerPlan
+from model_executors.head_plan import HeadPlan
+from model_executors.head_plan import Kind as HeadKind
 from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.errors import UsageError
 from vllm_ext.versions import vllm_problem
@@ -21,20 +25,31 @@ DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8000  # vLLM's own
 
 
-def serve(model: str, changes: Mapping[int, LayerPlan] | None, vllm_args: Sequence[str]) -> None:
-    """Serve in the foreground until stopped; without `changes`, the checkpoint as it is.
+def serve(
+    model: str,
+    changes: Mapping[int, LayerPlan] | None,
+    vllm_args: Sequence[str],
+    head: HeadKind | None = None,
+    agreement: float | None = None,
+) -> None:
+    """Serve in the foreground until stopped; without `changes` and `head`, the checkpoint as it is.
 
     Raises:
         UsageError: for whatever a user can mend; what vLLM itself refuses included.
 
     """
-    _, overrides = prepare(model, changes, vllm_args)
+    checkpoint, overrides = prepare(model, changes, vllm_args, head, agreement)
     check_listening(vllm_args)
     if problem := vllm_problem():
         raise UsageError(problem)
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and PLUGIN not in allowed.split(","):
         raise UsageError(f"VLLM_PLUGINS={allowed!r} leaves this plugin out; add {PLUGIN} to it or unset it")
+
+    if head_plan(checkpoint, head, agreement).kind != "stock" and "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        # The head counts in the engine's process; prometheus-client reads this when it is first imported.
+        counts = tempfile.TemporaryDirectory(prefix="vllm-ext-metrics-")
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = counts.name
 
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -59,9 +74,14 @@ def serve(model: str, changes: Mapping[int, LayerPlan] | None, vllm_args: Sequen
 
 
 def prepare(
-    model: str, changes: Mapping[int, LayerPlan] | None, vllm_args: Sequence[str]
+    model: str,
+    changes: Mapping[int, LayerPlan] | None,
+    vllm_args: Sequence[str],
+    head: HeadKind | None = None,
+    agreement: float | None = None,
 ) -> tuple[Checkpoint, dict[str, Any]]:
-    """Check the model and the plan; returns it, and what to override in its configuration: nothing without `changes`.
+    """Check the model and the plan; returns it, and what to override in its configuration: nothing without
+    `changes` and `head`.
 
     Raises:
         UsageError: for a missing or damaged checkpoint, or a plan that does not fit.
@@ -71,7 +91,37 @@ def prepare(
     plan = checkpoint.plan if changes is None else checkpoint.planned(changes)
     if checkpoint.folder is not None and not any(argument.startswith("--load-format") for argument in vllm_args):
         checkpoint.check_weights()
-    return checkpoint, {} if changes is None or plan is None else checkpoint.overrides(plan)
+    chosen = head_plan(checkpoint, head, agreement)
+    overrides = {} if changes is None or plan is None else checkpoint.overrides(plan)
+    if head is None and agreement is None:
+        return checkpoint, overrides
+    if not overrides and plan is None:
+        overrides = checkpoint.overrides(checkpoint.planned({}))
+    section = {**checkpoint.config.get(CONFIG_KEY, {}), **overrides.get(CONFIG_KEY, {}), "head": chosen.to_config()}
+    return checkpoint, {**overrides, CONFIG_KEY: section}
+
+
+def head_plan(checkpoint: Checkpoint, head: HeadKind | None, agreement: float | None) -> HeadPlan:
+    """The checkpoint's head, or another one in its place, with the threshold for `agreement`.
+
+    Raises:
+        UsageError: for character heads where there are none, or an agreement that was not calibrated for.
+
+    """
+    written = checkpoint.head
+    if head is not None and head != written.kind:
+        if head == "char":
+            raise UsageError(f"--head char: {checkpoint.name} has no character heads; train them with vllm-ext spell")
+        written = HeadPlan(head)
+    if agreement is None:
+        return written
+    if written.kind != "char":
+        raise UsageError(f"--agreement {agreement:g}: it is for character heads; add --head char, or drop it")
+    known = {row["agreement"]: row for row in checkpoint.config[CONFIG_KEY]["training"]["calibration"]}
+    if agreement not in known:
+        choices = ", ".join(f"{each:g}" for each in sorted(known))
+        raise UsageError(f"--agreement {agreement:g}: {checkpoint.name} was calibrated for {choices}; take one of them")
+    return replace(written, threshold=known[agreement]["threshold"])
 
 
 def check_listening(vllm_args: Sequence[str]) -> None:

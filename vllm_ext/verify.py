@@ -11,6 +11,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from model_executors.attention_plan import AttentionPlan
 from model_executors.families import Family, family_of
+from model_executors.head_plan import HeadPlan
 
 # Speculation that reads tokens only. The other methods read hidden states of every position, which the layers above
 # do not see.
@@ -31,10 +32,13 @@ class AttentionPlanConfig(VerifyAndUpdateConfig):
         """
         family = family_of(vllm_config.model_config.architecture)
         plan = AttentionPlan.from_hf_config(vllm_config.model_config.hf_config)
-        for problem in _problems(plan, family, vllm_config):
+        head = HeadPlan.from_hf_config(vllm_config.model_config.hf_config)
+        for problem in (*_problems(plan, family, vllm_config), *_head_problems(head, vllm_config)):
             raise ValueError(problem)
         if plan.first_frozen < len(plan.layers):
             _prepare_frozen(vllm_config)
+        if head.kind == "screened":
+            _add_processor(vllm_config, "model_executors.whole_rows:WholeRows")
 
 
 def _problems(plan: AttentionPlan, family: Family, vllm_config: VllmConfig) -> Iterator[str]:
@@ -80,6 +84,22 @@ def _problems(plan: AttentionPlan, family: Family, vllm_config: VllmConfig) -> I
         )
 
 
+def _head_problems(head: HeadPlan, vllm_config: VllmConfig) -> Iterator[str]:
+    """A head of ours makes whole rows of logits, and reads what the stock one does."""
+    if head.kind == "stock":
+        return
+    if vllm_config.parallel_config.enable_batch_sharded_sampling:
+        yield f"--enable-batch-sharded-sampling: a {head.kind} head makes whole rows of logits; drop it"
+    if vllm_config.lora_config is not None:
+        yield f"--enable-lora: a {head.kind} head was made for the model without adapters; take --head stock"
+    if vllm_config.model_config.runner_type != "generate":
+        yield f"--runner {vllm_config.model_config.runner_type}: a {head.kind} head makes logits only; use --head stock"
+    if head.kind == "screened" and vllm_config.speculative_config is not None:
+        yield "--head screened: with speculation vLLM does not say what each row's request needs; drop one of them"
+    if head.kind == "screened" and vllm_config.device_config.device_type != "cpu":
+        yield "--head screened: its packed kernel is torch's for CPUs; take --head stock on other devices"
+
+
 def _window_problems(plan: AttentionPlan, vllm_config: VllmConfig) -> Iterator[str]:
     """A layer with a sliding window of its own has no sink to replace."""
     config = vllm_config.model_config.hf_config
@@ -112,10 +132,14 @@ def _pipeline_problems(plan: AttentionPlan, size: int) -> Iterator[str]:
 def _prepare_frozen(vllm_config: VllmConfig) -> None:
     """Set what frozen layers need."""
     vllm_config.scheduler_config.scheduler_cls = "vllm_ext.scheduler.prompt_boundary_scheduler"
-    model_config = vllm_config.model_config
     if vllm_config.speculative_config is None:
-        refusal = "vllm_ext.prompt_logprobs:RefusePromptLogprobs"
-        model_config.logits_processors = [*(model_config.logits_processors or []), refusal]
+        _add_processor(vllm_config, "vllm_ext.prompt_logprobs:RefusePromptLogprobs")
     else:
         # vLLM has no custom logits processors beside speculation, but this refuses prompt_logprobs by itself.
         vllm_config.cache_config.kv_sharing_fast_prefill = True
+
+
+def _add_processor(vllm_config: VllmConfig, name: str) -> None:
+    """One more of vLLM's logits processors."""
+    model_config = vllm_config.model_config
+    model_config.logits_processors = [*(model_config.logits_processors or []), name]

@@ -50,8 +50,10 @@ class Judged:
 class Setting:
     """A threshold, and what it comes to on the text that it was chosen on."""
 
-    threshold: float
     agreement: float
+    """What was asked for."""
+    threshold: float
+    reached: float
     """The part of tokens whose best is the teacher's, those that fall back included."""
     fallback: float
     """The part of tokens that fall back."""
@@ -73,6 +75,6 @@ def setting(judged: Judged, agreement: float) -> Setting:
     left = wrong.sum() - torch.cat([torch.zeros(1, dtype=torch.long), wrong.cumsum(0)])[below]
     reached = (left <= (1 - agreement) * tokens).nonzero()[:, 0]
     if agreement >= 1 or not len(reached):
-        return Setting(1.0, 1.0, 1.0)
+        return Setting(agreement, 1.0, 1.0, 1.0)
     first = reached[0]
-    return Setting(thresholds[first].item(), 1 - left[first].item() / tokens, below[first].item() / tokens)
+    return Setting(agreement, thresholds[first].item(), 1 - left[first].item() / tokens, below[first].item() / tokens)
