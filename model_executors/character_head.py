@@ -14,6 +14,8 @@ from torch import nn
 
 from model_executors.head_plan import HeadShape
 
+ROWS_AT_ONCE = 32
+"""Rows whose sums are taken together: more of them leave a CPU's cache."""
 PAD = -1
 """In `spellings`: no symbol, since the token has ended."""
 
@@ -50,8 +52,13 @@ class Spelling(nn.Module):
 
     def sums(self, log_probabilities: torch.Tensor) -> torch.Tensor:
         """`[rows, slots]` to every token's score, `[rows, vocab_size]`; in float32."""
-        table = log_probabilities.float().T.contiguous()
-        return nn.functional.embedding_bag(self.slots, table, self.offsets, mode="sum").T.contiguous()
+        if not len(log_probabilities):
+            return log_probabilities.new_empty(0, len(self.offsets), dtype=torch.float32)
+        parts = [
+            nn.functional.embedding_bag(self.slots, part.T.contiguous(), self.offsets, mode="sum").T.contiguous()
+            for part in log_probabilities.float().split(ROWS_AT_ONCE)
+        ]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 class CharacterHead(nn.Module):

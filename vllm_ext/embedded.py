@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from model_executors.attention_plan import CONFIG_KEY, AttentionPlan
-from vllm_ext.checkpoint import CONFIG, FITTED, Checkpoint, complete_folder, write_planned
+from model_executors.head_plan import HeadPlan, head_tensor_name
+from vllm_ext.checkpoint import CONFIG, FITTED, Checkpoint, Trained, complete_folder, write_planned
 from vllm_ext.errors import UsageError
 
 NAME = "SmolLM2-135M-Instruct"
@@ -21,6 +22,8 @@ PACKAGE_VERSION = "0.1.2"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 PLANNED = Path(__file__).parent / "embedded_plan"
 """What `vllm-ext plan --auto` found for it: the plan with its provenance, the fitted tensors, and the report."""
+SPELLED = Path(__file__).parent / "embedded_head"
+"""What `vllm-ext spell train` made of it: character heads with their provenance, and the report."""
 SOURCE = "source.json"
 WEIGHTS = "model.safetensors"
 
@@ -69,21 +72,36 @@ def fetch_planned(folder: Path | None = None) -> Path:
         UsageError: as `fetch` does, or where the folder holds something else.
 
     """
+    return _fetch_shipped(PLANNED, "planned", folder)
+
+
+def fetch_spelled(folder: Path | None = None) -> Path:
+    """Make the checkpoint with character heads if it is not there yet, and return its folder; raises the same."""
+    return _fetch_shipped(SPELLED, "spelled", folder)
+
+
+def _fetch_shipped(shipped: Path, kind: str, folder: Path | None) -> Path:
+    """The embedded model with what is shipped: a `config.json` of our section alone, and tensors."""
     from safetensors.torch import load_file
 
     from vllm_ext.fit import Fit
 
-    section = json.loads((PLANNED / CONFIG).read_text())
+    section = json.loads((shipped / CONFIG).read_text())
     if folder is None:
-        folder = default_folder().with_name(f"{NAME}-planned-{sha256(PLANNED / FITTED)[:8]}")
+        folder = default_folder().with_name(f"{NAME}-{kind}-{sha256(shipped / FITTED)[:8]}")
     if folder.exists():
         written = Checkpoint.open(str(folder), weights=False).config.get(CONFIG_KEY, {})
-        if any(written.get(key) != section[key] for key in ("attention_plan", "fit")):
+        if any(written.get(key) != section.get(key) for key in ("attention_plan", "fit", "head", "training")):
             raise UsageError(f"{folder}: not the checkpoint that was written there; remove the folder and fetch again")
         return folder
     source = Checkpoint.open(str(fetch()), weights=True)
     plan = AttentionPlan.from_config(section, source.num_layers)
-    write_planned(source, plan, folder, Fit(load_file(PLANNED / FITTED), section["fit"]))
+    tensors = load_file(shipped / FITTED)
+    heads = {name: tensors.pop(name) for name in list(tensors) if name.startswith(head_tensor_name(""))}
+    trained = None
+    if "head" in section:
+        trained = Trained(HeadPlan.from_config(section["head"]), heads, {}, section["training"])
+    write_planned(source, plan, folder, Fit(tensors, section["fit"]) if plan.fitted else None, trained)
     return folder
 
 

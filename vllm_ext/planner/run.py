@@ -74,8 +74,8 @@ class Settings:
             UsageError: where that one was of another model.
 
         """
-        model = f"{_named(source)} of {source.num_layers} layers"
-        if (header["model"], header["layers"]) != (_named(source), source.num_layers):
+        model = f"{source.called} of {source.num_layers} layers"
+        if (header["model"], header["layers"]) != (source.called, source.num_layers):
             raise UsageError(f"--front: it is of {header['model']} of {header['layers']} layers, and this is {model}")
         settings: dict[str, Any] = {
             name: tuple(each) if isinstance(each, list) else each for name, each in header["settings"].items()
@@ -263,7 +263,7 @@ class Planner:
 
     def _header(self) -> dict[str, Any]:
         return {
-            "model": _named(self.source),
+            "model": self.source.called,
             "layers": self.source.num_layers,
             "settings": asdict(self.settings),
             "searched": {task.name: len(task.items) for task in self.searched},
@@ -271,10 +271,6 @@ class Planner:
             "versions": offline_versions(),
             "machine": f"{platform.machine()}, {self.model.device}",
         }
-
-
-def _named(source: Checkpoint) -> str:
-    return source.name.rstrip("/").rsplit("/", 1)[-1]
 
 
 def _tokens(tasks: Sequence[Task]) -> int:

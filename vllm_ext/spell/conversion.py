@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +21,7 @@ from vllm_ext.fit import Fit, cut, read_texts
 from vllm_ext.offline import OfflineModel, read_tokenizer
 from vllm_ext.progress import progress
 from vllm_ext.spell import calibration, training
+from vllm_ext.spell.report import write as write_report
 from vllm_ext.spell.states import Part, States, collect
 from vllm_ext.spell.student import Student, begin, new_head
 from vllm_ext.spell.training import begun
@@ -55,11 +57,16 @@ class Settings:
 
 
 def convert(
-    source: Checkpoint, planned: Checkpoint | None, settings: Settings, trained: training.Settings, out: Path
-) -> dict[str, Any]:
+    source: Checkpoint,
+    planned: Checkpoint | None,
+    settings: Settings,
+    trained: training.Settings,
+    out: Path,
+    command: Sequence[str],
+) -> Path:
     """Train, judge and write `out`; what an interrupted run goes on from lies in `out` with `-training` added.
 
-    `planned` is a planned checkpoint of `source`, whose plan the student has. Returns the provenance.
+    `planned` is a planned checkpoint of `source`, whose plan the student has. Returns the report's file.
 
     Raises:
         UsageError: for what a user can mend.
@@ -95,7 +102,6 @@ def convert(
         "training": asdict(trained),
         "text": json.loads((work / TEXT).read_text()),
         "tokens": passages.numel(),
-        "curve": [json.loads(line) for line in (work / training.CURVE).read_text().splitlines()],
         "judged": judged.figures(),
         "calibration": [asdict(setting) for setting in calibration.settings(judged)] if head is not None else [],
         "versions": {**offline_versions(), "accelerate": version("accelerate")},
@@ -104,7 +110,7 @@ def convert(
     made = Trained(plan_of_head, student.head_tensors(), student.layer_tensors(), provenance)
     fit = None if not plan.fitted else Fit(fitted, planned.config[CONFIG_KEY]["fit"])  # type: ignore[union-attr]
     write_planned(source, plan, out, fit, made)
-    return provenance
+    return write_report(provenance, source.called, work / training.CURVE, out / "training", command)
 
 
 @torch.no_grad()

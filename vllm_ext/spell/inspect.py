@@ -42,7 +42,7 @@ def print_inspected(source: Checkpoint, positions: int) -> None:
 
     """
     vocabulary, tokenizer = _vocabulary(source, positions)
-    table = Table(title=f"{source.name.rstrip('/').rsplit('/', 1)[-1]}: tokens spelled out", show_header=False)
+    table = Table(title=f"{source.called}: tokens spelled out", show_header=False)
     table.add_column()
     table.add_column(justify="right")
     for name, value in figures(source, vocabulary, tokenizer).items():

@@ -11,23 +11,37 @@ from model_executors.head_plan import HeadShape, head_tensor_name
 from vllm_ext.offline import Changed, Entered, OfflineModel
 from vllm_ext.spell.states import Part
 
+ROWS_AT_ONCE = 128
 RIDGE = 1e-2
 """Added to the diagonal of the least-squares fit, as a part of its mean."""
 
 
-class Composition(torch.autograd.Function):
-    """`Spelling.sums` with a backward pass of one sparse product; torch's own takes ten times as long on a CPU."""
+class Divergence(torch.autograd.Function):
+    """The mean divergence of spelled distributions from the teacher's, in nats, with its gradient by the places.
+
+    Some rows at a time, so that a row's whole vocabulary is passed over while it is still in a cache.
+    """
 
     @staticmethod
-    def forward(ctx: Any, log_probabilities: torch.Tensor, head: CharacterHead, transposed: torch.Tensor) -> Any:
-        """`[rows, slots]` to `[rows, vocab_size]`."""
-        ctx.transposed = transposed
-        return head.spelling.sums(log_probabilities)
+    def forward(ctx: Any, places: torch.Tensor, leaving: torch.Tensor, student: "Student") -> torch.Tensor:
+        """`places` `[rows, slots]`, log-probabilities; `leaving` `[rows, hidden_size]`, the teacher's last states."""
+        head, total, gradients = student.head, places.new_zeros(()), []
+        assert head is not None
+        for part, states in zip(places.split(ROWS_AT_ONCE), leaving.split(ROWS_AT_ONCE), strict=True):
+            teacher = torch.cat(list(student.model.logits(states))).log_softmax(-1)
+            scores = head.spelling.sums(part).log_softmax(-1)
+            probabilities = teacher.exp()
+            total += (probabilities * teacher.sub_(scores)).sum()
+            by_score = scores.exp_().sub_(probabilities)
+            gradients.append(student.gathered(by_score))
+        ctx.save_for_backward(torch.cat(gradients) / len(places))
+        return total / len(places)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        """`[rows, vocab_size]` to `[rows, slots]`."""
-        return (ctx.transposed @ gradients[0].T.contiguous()).T, None, None
+        """To `[rows, slots]`."""
+        (by_place,) = ctx.saved_tensors
+        return by_place * gradients[0], None, None
 
 
 class Student(nn.Module):
@@ -41,7 +55,8 @@ class Student(nn.Module):
         self.parts, self.part, self.head = (model,), part, head
         self.top = range(len(model.layers) - part.layers, len(model.layers))
         if head is not None:
-            self.transposed = _transposed(head)
+            matrix = composition(head).t().to_sparse_csr()
+            self.tokens, self.starts = matrix.col_indices().int(), matrix.crow_indices()[:-1].int()
             for name, parameter in head.named_parameters():
                 parameter.requires_grad_(name != "spellings")
         self.mlps = nn.ModuleDict({str(number): _mlp(model, number) for number in self.top})
@@ -60,27 +75,49 @@ class Student(nn.Module):
         plans = self.part.plans or {}
         return all(number in plans and plans[number].kind == "skip" for number in self.top)
 
+    def gathered(self, by_token: torch.Tensor) -> torch.Tensor:
+        """`[rows, vocab_size]` to each slot's sum over the tokens that it is in, `[rows, slots]`."""
+        table = by_token.T.contiguous()
+        return nn.functional.embedding_bag(self.tokens, table, self.starts, mode="sum").T
+
     def forward(
-        self, entering: torch.Tensor, entered: Entered | None = None, tokens: torch.Tensor | None = None
+        self,
+        entering: torch.Tensor,
+        entered: Entered | None = None,
+        tokens: torch.Tensor | None = None,
+        leaving: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`[rows, hidden_size]` to log-probabilities `[rows, vocab_size]`, or to the sum of those of the places of
-        `tokens` `[rows]`; where layers attend `[passages, length, hidden_size]`, and rows are all their tokens.
+        """From `[rows, hidden_size]`, or where layers attend `[passages, length, hidden_size]`, whose rows are its
+        tokens: log-probabilities `[rows, vocab_size]`; with `tokens` `[rows]`, the sum of those of each one's places;
+        with `leaving` `[rows, hidden_size]`, what leaves the teacher, the mean divergence from it.
         """
-        states = entering
-        if self.part.layers:
-            assert entered is not None
-            changed = Changed(self.model, self.part.plans, self.part.fitted)
-            for number in self.top:
-                states = changed.layer(number, states, entered)
-        flat = states.flatten(0, -2)
+        flat = self._through_layers(entering, entered)
         if self.head is None:
-            return torch.cat(list(self.model.logits(flat))).log_softmax(-1)
+            scores = torch.cat(list(self.model.logits(flat))).log_softmax(-1)
+            if leaving is None:
+                return scores
+            with torch.no_grad():
+                teacher = torch.cat(list(self.model.logits(leaving))).log_softmax(-1)
+            return nn.functional.kl_div(scores, teacher, log_target=True, reduction="batchmean")
         logits = self.head.logits(self.model.normed(flat).to(self.head.weight.dtype)).float()
         places = self.head.spelling.log_probabilities(logits)
         if tokens is not None:
             padded = nn.functional.pad(places, (0, 1))
             return padded.gather(1, self.head.spellings[tokens].long() % padded.shape[1]).sum(1)
-        return Composition.apply(places, self.head, self.transposed).log_softmax(-1)
+        if leaving is not None:
+            return Divergence.apply(places, leaving, self)
+        return self.head.spelling.sums(places).log_softmax(-1)
+
+    def _through_layers(self, states: torch.Tensor, entered: Entered | None) -> torch.Tensor:
+        """To what leaves the last layer, `[rows, hidden_size]`."""
+        if self.part.layers:
+            if entered is None:  # no layer attends, so what is made for any tokens will do
+                states = states[None]
+                entered = self.model.enter(torch.zeros(states.shape[:2], dtype=torch.long, device=states.device))
+            changed = Changed(self.model, self.part.plans, self.part.fitted)
+            for number in self.top:
+                states = changed.layer(number, states, entered)
+        return states.flatten(0, -2)
 
     def to_dtype(self, dtype: torch.dtype) -> None:
         """Round what was trained to what it will be served in."""
@@ -103,10 +140,10 @@ class Student(nn.Module):
 
 def begin(head: CharacterHead, stock: torch.Tensor) -> None:
     """Set the heads to the least-squares fit of their composition to the stock head's rows `[vocab_size, hidden]`."""
-    transposed = _transposed(head)
-    gram = (transposed @ transposed.to_dense().T).float()
+    matrix = composition(head)
+    gram = (matrix.t() @ matrix).to_dense()
     gram.diagonal().add_(RIDGE * gram.diagonal().mean())
-    head.weight.data.copy_(torch.linalg.solve(gram, transposed @ stock.float()))
+    head.weight.data.copy_(torch.linalg.solve(gram, matrix.t() @ stock.float()))
     if head.shape.width:
         nn.init.normal_(head.gate_up, std=head.shape.hidden_size**-0.5)
         nn.init.zeros_(head.down)
@@ -120,14 +157,13 @@ def new_head(shape: HeadShape, spellings: torch.Tensor, device: torch.device) ->
     return head
 
 
-def _transposed(head: CharacterHead) -> torch.Tensor:
-    """The composition's matrix, `[slots, vocab_size]`, sparse."""
+def composition(head: CharacterHead) -> torch.Tensor:
+    """`[vocab_size, slots]`, sparse: a one for each symbol of each token."""
     spelled = head.spellings != PAD
-    tokens = spelled.nonzero()[:, 0]
-    slots = head.spellings[spelled].long()
+    tokens, slots = spelled.nonzero()[:, 0], head.spellings[spelled].long()
     ones = torch.ones(len(tokens), device=tokens.device)
-    size = (sum(head.shape.slots), head.shape.vocab_size)
-    return torch.sparse_coo_tensor(torch.stack([slots, tokens]), ones, size).to_sparse_csr()
+    size = (head.shape.vocab_size, sum(head.shape.slots))
+    return torch.sparse_coo_tensor(torch.stack([tokens, slots]), ones, size, check_invariants=False).coalesce()
 
 
 def _mlp(model: OfflineModel, number: int) -> nn.Module:

@@ -109,12 +109,12 @@ class Batches:
 
 def loss_of(student: nn.Module, model: OfflineModel, given: Given, loss: Loss) -> torch.Tensor:
     """Nats a token: the divergence from the teacher, or the cross-entropy of its top token's places, summed."""
+    leaving = given.leaving.flatten(0, -2)
+    if loss == "vocabulary":
+        return student(given.entering, given.entered, leaving=leaving)
     with torch.no_grad():
-        teacher = torch.cat(list(model.logits(given.leaving.flatten(0, -2))))
-    if loss == "places":
-        return -student(given.entering, given.entered, teacher.argmax(-1)).mean()
-    scores = student(given.entering, given.entered)
-    return nn.functional.kl_div(scores, teacher.log_softmax(-1), log_target=True, reduction="batchmean")
+        best = torch.cat([logits.argmax(-1) for logits in model.logits(leaving)])
+    return -student(given.entering, given.entered, tokens=best).mean()
 
 
 def rate(step: int, steps: int) -> float:
