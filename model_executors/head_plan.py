@@ -1,9 +1,15 @@
 """The head's plan: what turns the last state into logits. It travels beside the attention plan, as `vllm_ext.head`."""
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self, get_args
 
 from model_executors.attention_plan import CONFIG_KEY
+
+GROUP = 32
+"""Weights of the screened head's copy that share a scale."""
+SPELLING_BYTES = 2
+"""Of a slot's number."""
 
 Kind = Literal["stock", "char", "screened"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -93,6 +99,19 @@ class HeadPlan:
     def shape(self, hidden_size: int, vocab_size: int) -> HeadShape:
         """Of character heads for a model of these sizes."""
         return HeadShape(hidden_size, vocab_size, self.slots, self.width)
+
+    def bytes(self, hidden_size: int, vocab_size: int, element_bytes: int) -> int:
+        """What it holds beside the stock head, in an engine whose weights take `element_bytes` each."""
+        if self.kind == "screened":
+            # Half a byte a weight, and for each group of them a scale and a zero in bfloat16.
+            return vocab_size * hidden_size // 2 + vocab_size * (hidden_size // GROUP) * 4
+        if self.kind == "stock":
+            return 0
+        tensors = self.shape(hidden_size, vocab_size).tensors
+        return sum(
+            math.prod(size) * (SPELLING_BYTES if name == "spellings" else element_bytes)
+            for name, size in tensors.items()
+        )
 
     def to_config(self) -> dict[str, Any]:
         """The shortest entry that `from_config` reads back."""

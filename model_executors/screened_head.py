@@ -8,11 +8,9 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
 from model_executors.head_metrics import HeadMetrics
-from model_executors.head_plan import HeadPlan
+from model_executors.head_plan import GROUP, HeadPlan
 from model_executors.whole_rows import whole_rows
 
-GROUP = 32
-"""Weights that share a scale."""
 INT4_MAX = 7
 MOST_ROWS = 4
 """With more rows at once the packed kernel is slower than the stock head, which is asked instead."""

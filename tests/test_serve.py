@@ -13,6 +13,7 @@ from openai import OpenAI
 
 from model_executors.attention_plan import LayerPlan
 from vllm_ext.checkpoint import Checkpoint, write_planned
+from vllm_ext.embedded import fetch_spelled
 from vllm_ext.process import free_port, running
 
 COMMAND = [sys.executable, "-m", "vllm_ext.cli"]
@@ -84,6 +85,45 @@ def test_a_planned_checkpoint_is_served_with_nothing_else_said(smollm2, client, 
     assert answer["message"]["content"] == client.chat.completions.create(**QUESTION).choices[0].message.content
     (skipped,) = [line for line in metrics.splitlines() if "vllm_ext_layers{" in line and 'kind="skip"' in line]
     assert skipped.endswith(" 3.0")
+
+
+def test_character_heads_count_their_rows(client):
+    """At an agreement of 0.98 some rows are spelled and some fall back, and /metrics tells which."""
+    port = free_port()
+    options = ["--port", str(port), "--served-model-name", "SmolLM2", "--enforce-eager", "--max-model-len", "1024"]
+    command = [*COMMAND, "serve", str(fetch_spelled()), "--agreement", "0.98", *options]
+    with running(command, port) as url:
+        body = QUESTION | {"logprobs": True, "top_logprobs": 3, "max_tokens": 64, "ignore_eos": True}
+        answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=120).json()["choices"][0]
+        metrics = httpx.get(f"{url}/metrics").text
+    assert len(answer["logprobs"]["content"]) == 64
+    assert all(len(each["top_logprobs"]) == 3 for each in answer["logprobs"]["content"])
+    rows = dict(line.rsplit(" ", 1) for line in metrics.splitlines() if line.startswith("vllm_ext_head_"))
+    own, stock = (
+        float(rows[f'vllm_ext_head_rows_total{{head="{head}",model_name="SmolLM2"}}']) for head in ("own", "stock")
+    )
+    assert own > 0
+    assert stock > 0
+    assert own + stock >= 64
+    # Of every row that was spelled, believed or not.
+    assert float(rows['vllm_ext_head_confidence_count{model_name="SmolLM2"}']) == own + stock
+    assert float(rows['vllm_ext_head_seconds_total{model_name="SmolLM2"}']) > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--head", "char"], "--head char: "),
+        (["--agreement", "0.98"], "--agreement 0.98: it is for character heads"),
+    ],
+)
+def test_refuses_heads_that_are_not_there(smollm2, options, message):
+    assert message in refused("serve", smollm2, *options)
+
+
+def test_refuses_an_agreement_that_was_not_calibrated():
+    message = refused("serve", fetch_spelled(), "--agreement", "0.981")
+    assert "was calibrated for 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 1; take one of them" in message
 
 
 def test_data_parallel(smollm2, monkeypatch):
