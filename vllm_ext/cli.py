@@ -338,6 +338,9 @@ def spell_train(
     accumulation: Annotated[int, typer.Option(help="Batches whose gradients make one step.")] = 1,
     learning_rate: Annotated[float, typer.Option(help="The highest; it rises, and falls as a cosine does.")] = 2e-3,
     noise: Annotated[float, typer.Option(min=0, help="Added to states, as a part of their spread.")] = 0.0,
+    temperature: Annotated[
+        float, typer.Option(help="Of the teacher: below 1 its best tokens count more, and are agreed on more often.")
+    ] = 1.0,
     loss: Annotated[
         Literal["vocabulary", "places"], typer.Option(help="places is each head's cross-entropy by itself.")
     ] = "vocabulary",
@@ -357,7 +360,7 @@ def spell_train(
         raise UsageError("--head stock without --layers: nothing would be trained; give --layers")
     conversion = Settings(head, positions, width, layers, text, tokens, written, length, held_out)
     trained = training.Settings(
-        steps, batch, learning_rate, noise, loss, precision, accumulation, seed=seed, save_every=save_every
+        steps, batch, learning_rate, noise, temperature, loss, precision, accumulation, seed, save_every
     )
     plan = Checkpoint.open(str(planned), weights=True) if planned is not None else None
     source, command = Checkpoint.open(model, weights=True), ["vllm-ext", *sys.argv[1:]]

@@ -17,18 +17,18 @@ RIDGE = 1e-2
 
 
 class Divergence(torch.autograd.Function):
-    """The mean divergence of spelled distributions from the teacher's, in nats, with its gradient by the places.
+    """The mean divergence of spelled distributions from the teacher's at some temperature, in nats, with its gradient.
 
     Some rows at a time, so that a row's whole vocabulary is passed over while it is still in a cache.
     """
 
     @staticmethod
-    def forward(ctx: Any, places: torch.Tensor, leaving: torch.Tensor, student: "Student") -> torch.Tensor:
+    def forward(ctx: Any, places: torch.Tensor, leaving: torch.Tensor, student: "Student", at: float) -> torch.Tensor:
         """`places` `[rows, slots]`, log-probabilities; `leaving` `[rows, hidden_size]`, the teacher's last states."""
         head, total, gradients = student.head, places.new_zeros(()), []
         assert head is not None
         for part, states in zip(places.split(ROWS_AT_ONCE), leaving.split(ROWS_AT_ONCE), strict=True):
-            teacher = torch.cat(list(student.model.logits(states))).log_softmax(-1)
+            teacher = (torch.cat(list(student.model.logits(states))) / at).log_softmax(-1)
             scores = head.spelling.sums(part).log_softmax(-1)
             probabilities = teacher.exp()
             total += (probabilities * teacher.sub_(scores)).sum()
@@ -38,10 +38,10 @@ class Divergence(torch.autograd.Function):
         return total / len(places)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         """To `[rows, slots]`."""
         (by_place,) = ctx.saved_tensors
-        return by_place * gradients[0], None, None
+        return by_place * gradients[0], None, None, None
 
 
 class Student(nn.Module):
@@ -86,10 +86,12 @@ class Student(nn.Module):
         entered: Entered | None = None,
         tokens: torch.Tensor | None = None,
         leaving: torch.Tensor | None = None,
+        temperature: float = 1.0,
     ) -> torch.Tensor:
         """From `[rows, hidden_size]`, or where layers attend `[passages, length, hidden_size]`, whose rows are its
         tokens: log-probabilities `[rows, vocab_size]`; with `tokens` `[rows]`, the sum of those of each one's places;
-        with `leaving` `[rows, hidden_size]`, what leaves the teacher, the mean divergence from it.
+        with `leaving` `[rows, hidden_size]`, what leaves the teacher, the mean divergence from it at
+        `temperature`.
         """
         flat = self._through_layers(entering, entered)
         if self.head is None:
@@ -97,7 +99,7 @@ class Student(nn.Module):
             if leaving is None:
                 return scores
             with torch.no_grad():
-                teacher = torch.cat(list(self.model.logits(leaving))).log_softmax(-1)
+                teacher = (torch.cat(list(self.model.logits(leaving))) / temperature).log_softmax(-1)
             return nn.functional.kl_div(scores, teacher, log_target=True, reduction="batchmean")
         logits = self.head.logits(self.model.normed(flat).to(self.head.weight.dtype)).float()
         places = self.head.spelling.log_probabilities(logits)
@@ -105,7 +107,7 @@ class Student(nn.Module):
             padded = nn.functional.pad(places, (0, 1))
             return padded.gather(1, self.head.spellings[tokens].long() % padded.shape[1]).sum(1)
         if leaving is not None:
-            return Divergence.apply(places, leaving, self)
+            return Divergence.apply(places, leaving, self, temperature)
         return self.head.spelling.sums(places).log_softmax(-1)
 
     def _through_layers(self, states: torch.Tensor, entered: Entered | None) -> torch.Tensor:

@@ -47,6 +47,9 @@ class Settings:
     learning_rate: float = 2e-3
     noise: float = 0.0
     """Of the states, as a part of their standard deviation: the teacher's answer to a noisy state is exact too."""
+    temperature: float = 1.0
+    """Of the teacher: below 1, its best tokens count more, so the student agrees on them more often and is less alike
+    as a distribution."""
     loss: Loss = "vocabulary"
     precision: Literal["no", "bf16", "fp16"] = "no"
     accumulation: int = 1
@@ -58,8 +61,9 @@ class Settings:
         for name in ("steps", "batch", "accumulation", "save_every"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: choose 1 or more")
-        if not self.learning_rate > 0:
-            raise UsageError(f"--learning-rate {self.learning_rate:g}: choose a positive number")
+        for name in ("learning_rate", "temperature"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name):g}: choose a positive number")
 
 
 @dataclass(frozen=True)
@@ -107,11 +111,11 @@ class Batches:
         return Given(entering, leaving)
 
 
-def loss_of(student: nn.Module, model: OfflineModel, given: Given, loss: Loss) -> torch.Tensor:
+def loss_of(student: nn.Module, model: OfflineModel, given: Given, settings: Settings) -> torch.Tensor:
     """Nats a token: the divergence from the teacher, or the cross-entropy of its top token's places, summed."""
     leaving = given.leaving.flatten(0, -2)
-    if loss == "vocabulary":
-        return student(given.entering, given.entered, leaving=leaving)
+    if settings.loss == "vocabulary":
+        return student(given.entering, given.entered, leaving=leaving, temperature=settings.temperature)
     with torch.no_grad():
         best = torch.cat([logits.argmax(-1) for logits in model.logits(leaving)])
     return -student(given.entering, given.entered, tokens=best).mean()
@@ -176,7 +180,7 @@ def train(student: Student, states: States, passages: torch.Tensor, settings: Se
             for part in range(settings.accumulation):
                 with accelerator.accumulate(running):
                     given = batches(step * settings.accumulation + part, share)
-                    loss = loss_of(running, student.model, given, settings.loss)
+                    loss = loss_of(running, student.model, given, settings)
                     accelerator.backward(loss)
                     if accelerator.sync_gradients:
                         accelerator.clip_grad_norm_(trained, CLIPPED)
