@@ -3,6 +3,8 @@
 import json
 import random
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -159,6 +161,20 @@ def test_heals_a_skipping_plan_with_the_stock_head(model, text, tmp_path):
     first, last = (json.loads(line)["loss"] for line in (curve[0], curve[-1]))
     assert last < first / 5
     healed.check_weights()
+
+
+def test_two_processes_take_half_of_each_batch(model, text, tmp_path):
+    """They come to what one does, but for the order in which sums are taken."""
+    options = ["--text", str(text), *SIZES, "--steps", "3"]
+    alone = trained(model, text, tmp_path / "alone", "--steps", "3")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "vllm_ext.cli"]
+    command = [*launch, "spell", "train", str(model), "--out", str(tmp_path / "two"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines().count(str(tmp_path / "two")) == 1
+    ours, theirs = (load_file(folder / "vllm_ext.safetensors") for folder in (alone.folder, tmp_path / "two"))
+    for name, tensor in ours.items():
+        torch.testing.assert_close(theirs[name], tensor, atol=1e-4, rtol=1e-3)
 
 
 def test_the_places_cross_entropy_is_another_loss(model, text, tmp_path):

@@ -350,7 +350,7 @@ def spell_train(
 ) -> None:
     """Convert MODEL by self-distillation: it is its own teacher. An interrupted run goes on where it stopped.
 
-    Prepare text and states in one process; `accelerate launch -m vllm_ext.cli spell train ...` then trains in many.
+    In several processes: `accelerate launch -m vllm_ext.cli spell train ...`.
     """
     from vllm_ext.checkpoint import Checkpoint
     from vllm_ext.spell import training
@@ -364,8 +364,10 @@ def spell_train(
     )
     plan = Checkpoint.open(str(planned), weights=True) if planned is not None else None
     source, command = Checkpoint.open(model, weights=True), ["vllm-ext", *sys.argv[1:]]
-    errors.print(f"report: {convert(source, plan, conversion, trained, out.expanduser(), command)}")
-    print(out)
+    report = convert(source, plan, conversion, trained, out.expanduser(), command)
+    if report is not None:
+        errors.print(f"report: {report}")
+        print(out)
 
 
 @spell_app.command("time")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 
 from model_executors.attention_plan import CONFIG_KEY, AttentionPlan
@@ -63,28 +64,32 @@ def convert(
     trained: training.Settings,
     out: Path,
     command: Sequence[str],
-) -> Path:
+) -> Path | None:
     """Train, judge and write `out`; what an interrupted run goes on from lies in `out` with `-training` added.
 
-    `planned` is a planned checkpoint of `source`, whose plan the student has. Returns the report's file.
+    `planned` is a planned checkpoint of `source`, whose plan the student has. Returns the report's file; of several
+    processes only the first does.
 
     Raises:
         UsageError: for what a user can mend.
 
     """
-    check_out(out)
+    processes = PartialState(cpu=not torch.cuda.is_available())
     work = out.with_name(f"{out.name}-training")
-    work.mkdir(parents=True, exist_ok=True)
-    apart = ("head", "positions", "width")  # of these, text and states know nothing
-    texts_and_states = {name: value for name, value in asdict(settings).items() if name not in apart}
-    begun(work / "settings.json", texts_and_states | {"seed": trained.seed, "planned": planned and planned.name})
-    tokenizer = read_tokenizer(source)
-    passages, held_out = _passages(source, tokenizer, settings, trained.seed, work)
-    model = OfflineModel(source)
-    plan = AttentionPlan.of(source.num_layers) if planned is None or planned.plan is None else planned.plan
-    fitted = _fitted(planned)
-    part = Part(settings.layers, dict(enumerate(plan.layers)), fitted)
-    states = collect(model, passages, work / "states", part)
+    with processes.main_process_first():  # the others find what it made
+        check_out(out)
+        work.mkdir(parents=True, exist_ok=True)
+        apart = ("head", "positions", "width")  # of these, text and states know nothing
+        texts_and_states = {name: value for name, value in asdict(settings).items() if name not in apart}
+        begun(work / "settings.json", texts_and_states | {"seed": trained.seed, "planned": planned and planned.name})
+        tokenizer = read_tokenizer(source)
+        passages, held_out = _passages(source, tokenizer, settings, trained.seed, work)
+        model = OfflineModel(source)
+        plan = AttentionPlan.of(source.num_layers) if planned is None or planned.plan is None else planned.plan
+        fitted = _fitted(planned)
+        part = Part(settings.layers, dict(enumerate(plan.layers)), fitted)
+        states = collect(model, passages, work / "states", part)
+        kept = collect(model, held_out, work / "held-out", part)
     head = None
     if settings.head == "char":
         vocabulary = CharacterVocabulary.of(tokenizer, source.config["vocab_size"], settings.positions)
@@ -95,8 +100,10 @@ def convert(
         begin(head, model.model.get_output_embeddings().weight)
     student = Student(model, part, head)
     training.train(student, states, passages, trained, work)
+    if not processes.is_main_process:
+        return None
     student.to_dtype(model.model.dtype)
-    judged = judge(student, collect(model, held_out, work / "held-out", part), held_out)
+    judged = judge(student, kept, held_out)
     provenance = {
         "settings": {**asdict(settings), "text": settings.text and settings.text.name},
         "training": asdict(trained),

@@ -19,6 +19,7 @@ def write(model: str, tokenizer: Any, passages: int, length: int, seed: int) -> 
     # No seed for each request: on a CPU vLLM 0.32 fails over one.
     sampling = SamplingParams(max_tokens=length - len(start), ignore_eos=True, detokenize=False)
     written = engine.generate([TokensPrompt(prompt_token_ids=start)] * passages, sampling)
+    engine.llm_engine.engine_core.shutdown()  # it would hold its memory to the end of the process
     return torch.tensor([[*start, *each.outputs[0].token_ids] for each in written])
 
 
