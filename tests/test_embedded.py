@@ -4,10 +4,12 @@ import json
 import shutil
 
 import pytest
+from typer.testing import CliRunner
 
 from model_executors.attention_plan import FULL
 from vllm_ext import embedded
 from vllm_ext.checkpoint import Checkpoint
+from vllm_ext.cli import app
 from vllm_ext.errors import UsageError
 from vllm_ext.layers import layer_plans
 
@@ -98,3 +100,21 @@ def test_does_not_take_another_plan_for_it(planned, tmp_path):
     (other / "config.json").write_text(json.dumps(config))
     with pytest.raises(UsageError, match="not the checkpoint that was written there"):
         embedded.fetch_planned(other)
+
+
+def test_the_spelled_one_has_its_heads_and_their_provenance(tmp_path):
+    checkpoint = Checkpoint.open(str(embedded.fetch_spelled(tmp_path / "spelled")), weights=True)
+    checkpoint.check_weights()
+    assert checkpoint.head.kind == "char"
+    training = checkpoint.config["vllm_ext"]["training"]
+    settings = [row for row in training["calibration"] if row["agreement"] == 0.98]
+    assert settings[0]["reached"] >= 0.98
+    assert 0 < settings[0]["fallback"] < 1
+    assert sum(file.stat().st_size for file in embedded.SPELLED.iterdir()) < 20e6
+    assert json.loads((embedded.SPELLED / "config.json").read_text())["training"] == training
+
+
+def test_a_plan_and_heads_do_not_go_together():
+    result = CliRunner().invoke(app, ["model", "fetch", "--planned", "--spelled"])
+    assert isinstance(result.exception, UsageError)
+    assert "the heads are for the model without a plan" in str(result.exception)
