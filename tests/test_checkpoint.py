@@ -138,7 +138,7 @@ def test_refuses_a_planned_checkpoint_without_its_fitted_tensors(llama, tmp_path
     source = opened(llama)
     write_planned(source, source.planned(CHANGES), tmp_path / "out", made_up_fit())
     (tmp_path / "out" / FITTED).unlink()
-    with pytest.raises(UsageError, match=r"no tensor vllm_ext\.layers\.1\.sink_logit, which its plan needs; plan it"):
+    with pytest.raises(UsageError, match=r"no tensor vllm_ext\.layers\.1\.sink_logit, which its plan needs; write it"):
         opened(tmp_path / "out").check_weights()
 
 

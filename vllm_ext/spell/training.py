@@ -198,4 +198,7 @@ def train(student: Student, states: States, passages: torch.Tensor, settings: Se
                 accelerator.save_state(str(saved))
                 if accelerator.is_main_process:
                     (saved / STEPS).write_text(json.dumps({"steps": step + 1}))
-    accelerator.end_training()
+    if accelerator.num_processes > 1:
+        accelerator.end_training()  # it ends every process group, also those that others made in this process
+    for tracker in accelerator.trackers:
+        tracker.finish()
