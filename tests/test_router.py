@@ -2,6 +2,7 @@
 
 import json
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -10,15 +11,18 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import helm_python
 import httpx
 import psutil
 import pytest
+import yaml
 
 from vllm_ext.embedded import fetch_planned
 from vllm_ext.process import free_port, running
 
 pytestmark = pytest.mark.slow
 
+CHART = Path(__file__).parent.parent / "deploy" / "helm" / "vllm-ext"
 ROUTER = Path(sys.executable).parent / "vllm-router"
 REPLICAS = ("replica-a", "replica-b")
 REQUESTS, CLIENTS, KILL_AFTER = 80, 8, 16
@@ -133,6 +137,19 @@ def replicas():
         ]
         urls = pool.map(stack.enter_context, servers)
         yield {name: (ports[name], url) for name, url in zip(REPLICAS, urls, strict=True)}
+
+
+def test_the_probes_and_options_of_the_chart_are_the_router_s(replicas):
+    with helm_python.Chart.load(CHART) as chart:
+        text = chart.render(values={"router": {"enabled": True}}, name="demo")["vllm-ext/templates/router.yaml"]
+    (pod,) = (each for each in yaml.safe_load_all(text) if each["kind"] == "Deployment")
+    (container,) = pod["spec"]["template"]["spec"]["containers"]
+    told = subprocess.run([ROUTER, "--help"], capture_output=True, text=True, check=True).stdout
+    for argument in container["args"]:
+        assert not argument.startswith("--") or argument.split("=")[0] in told
+    with router(*(url for _, url in replicas.values())) as url:
+        for probe in ("readinessProbe", "livenessProbe"):
+            assert httpx.get(url + container[probe]["httpGet"]["path"], trust_env=False).status_code == 200
 
 
 def test_a_killed_replica_loses_only_what_it_was_streaming(replicas):
