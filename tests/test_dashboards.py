@@ -114,7 +114,7 @@ def scraped(smollm2, tmp_path_factory):
         source = stack.enter_context(prometheus(tmp_path_factory.mktemp("prometheus"), targets))
         wait_for_scrapes(source)
         start = time.time()
-        assert all(pool.map(lambda url: load(url, 20), urls.values()))
+        assert all(pool.map(lambda url: load(url, 12), urls.values()))
         end = time.time()
         exposed = {job: httpx.get(f"{url}/metrics", trust_env=False).text for job, url in urls.items()}
         time.sleep(2 * SCRAPE_SECONDS)
