@@ -1,6 +1,6 @@
 """Grafana dashboards as code: of one endpoint, and of a variant beside its baseline.
 
-    python deploy/grafana/generate.py      # writes deploy/grafana/dashboards/*.json anew
+    python deploy/grafana/generate.py [FOLDER]      # writes deploy/grafana/dashboards/*.json anew
 
 The JSON is kept in the repository, so that Grafana, compose and the chart need nothing of this; a test sees to it that
 both agree, and runs every expression against a Prometheus that scraped real servers. `$job` and `$instance` are
@@ -8,63 +8,17 @@ Prometheus' own labels: a deployment is one job, and a replica one instance.
 """
 
 import json
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
-from grafana_foundation_sdk.builders import common, dashboard, prometheus, stat, timeseries
+from grafana_foundation_sdk.builders import dashboard
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
-from grafana_foundation_sdk.models.common import LegendDisplayMode, LegendPlacement
-from grafana_foundation_sdk.models.dashboard import (
-    DashboardCursorSync,
-    DataSourceRef,
-    VariableOption,
-    VariableRefresh,
-    VariableSort,
-)
+from grafana_foundation_sdk.models.dashboard import DashboardCursorSync, VariableOption, VariableRefresh, VariableSort
+from panels import SOURCE, Panel, built, latency, mean, quantile, rate, total
 
 DASHBOARDS = Path(__file__).parent / "dashboards"
-SOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
-WINDOW = "[$__rate_interval]"
 BASELINE, VARIANT = 'job="$baseline"', 'job="$variant"'
-
-
-@dataclass(frozen=True)
-class Panel:
-    """A title, what each line shows by its legend, the unit in Grafana's own names, and what to look for."""
-
-    title: str
-    lines: Mapping[str, str]
-    unit: str
-    description: str
-    single: bool = False
-    """The last value as a figure, and not a curve."""
-
-
-def total(metric: str, where: str, by: str = "") -> str:
-    """Of a gauge, over replicas."""
-    return f"sum{f' by ({by})' if by else ''} ({metric}{{{where}}})"
-
-
-def rate(metric: str, where: str, by: str = "") -> str:
-    """Of a counter, a second, over replicas."""
-    return f"sum{f' by ({by})' if by else ''} (rate({metric}{{{where}}}{WINDOW}))"
-
-
-def quantile(part: float, metric: str, where: str) -> str:
-    """Of a histogram, over replicas."""
-    return f"histogram_quantile({part}, {rate(f'{metric}_bucket', where, 'le')})"
-
-
-def mean(metric: str, where: str) -> str:
-    """Of a histogram, over replicas."""
-    return f"{rate(f'{metric}_sum', where)} / {rate(f'{metric}_count', where)}"
-
-
-def latency(title: str, metric: str, where: str, description: str) -> Panel:
-    """Quantiles and the mean of a histogram of seconds."""
-    lines = {f"p{part * 100:g}": quantile(part, metric, where) for part in (0.5, 0.9, 0.99)}
-    return Panel(title, lines | {"mean": mean(metric, where)}, "s", description)
 
 
 def endpoint_rows() -> dict[str, list[Panel]]:
@@ -288,20 +242,6 @@ def variant_rows() -> dict[str, list[Panel]]:
     }
 
 
-def built(panel: Panel) -> timeseries.Panel | stat.Panel:
-    """The panel in Grafana's terms."""
-    each: timeseries.Panel | stat.Panel
-    if panel.single:
-        each = stat.Panel().height(4).span(4)
-    else:
-        legend = common.VizLegendOptions().display_mode(LegendDisplayMode.LIST).placement(LegendPlacement.BOTTOM)
-        each = timeseries.Panel().height(7).span(12).legend(legend.show_legend(True)).min(0)
-    for number, (legend_format, expression) in enumerate(panel.lines.items()):
-        query = prometheus.Dataquery().expr(expression).legend_format(legend_format).ref_id(chr(ord("A") + number))
-        each.with_target(query.range())
-    return each.title(panel.title).description(panel.description).unit(panel.unit).datasource(SOURCE)
-
-
 def job_variable(name: str, label: str, default: str, several: bool) -> dashboard.QueryVariable:
     """A choice among the jobs that are vLLM's."""
     variable = dashboard.QueryVariable(name).label(label).datasource(SOURCE).query("label_values(vllm_ext_layers, job)")
@@ -347,6 +287,6 @@ def generate() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    DASHBOARDS.mkdir(exist_ok=True)
+    folder = Path(sys.argv[1]) if sys.argv[1:] else DASHBOARDS
     for name, text in generate().items():
-        (DASHBOARDS / name).write_text(text)
+        (folder / name).write_text(text)
