@@ -1,7 +1,6 @@
 """The Ray Serve application as it is deployed: two replicas of the planned model, and one of them killed under load."""
 
 import os
-import socket
 import sys
 import time
 from collections import Counter
@@ -20,7 +19,7 @@ from vllm_ext.process import free_port
 pytestmark = pytest.mark.slow
 
 FOLDER = Path(__file__).parent.parent / "deploy" / "ray_serve"
-BINARIES = Path(sys.executable).parent
+SERVE = Path(sys.executable).parent / "serve"
 START_SECONDS = 300
 REQUESTS, CLIENTS = 32, 4
 QUESTION = {"prompt": "Once upon a time", "temperature": 0, "max_tokens": 32, "ignore_eos": True}
@@ -29,14 +28,21 @@ QUESTION = {"prompt": "Once upon a time", "temperature": 0, "max_tokens": 32, "i
 @contextmanager
 def process(*command: str, log: Path):
     """Run it for as long as the block, then end it with all that it started."""
-    environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0"}
+    environment = os.environ | {
+        # One machine alone, so that Ray's own ports are on loopback; its engines, the ingress and what runs beside them are
+        # a CPU each to Ray, and two cores run them all the same.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_OVERRIDE_RESOURCES": '{"CPU": 6}',
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
     with log.open("w") as file:
         started = psutil.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
         try:
             yield started
         finally:
-            family = started.children(recursive=True)
-            started.terminate()
+            family = started.children(recursive=True) if started.poll() is None else []
+            with suppress(psutil.NoSuchProcess):
+                started.terminate()
             _, left = psutil.wait_procs([started, *family], timeout=30)
             for each in left:
                 with suppress(psutil.NoSuchProcess):
@@ -45,10 +51,10 @@ def process(*command: str, log: Path):
 
 @pytest.fixture(scope="module")
 def application(tmp_path_factory):
-    """A cluster of one machine, and the example's own configuration on it; gives the cluster, a URL and the model."""
-    if not (BINARIES / "serve").exists():
+    """`serve run` with the example's own configuration; gives its process, a URL and the model."""
+    if not SERVE.exists():
         pytest.skip("ray[serve] is not installed: make test-slow installs it")
-    folder, port, head = tmp_path_factory.mktemp("ray"), free_port(), free_port()
+    folder, port = tmp_path_factory.mktemp("ray"), free_port()
     config = yaml.safe_load((FOLDER / "serve.yaml").read_text())
     config["http_options"]["port"] = port
     arguments = config["applications"][0]["args"]
@@ -56,24 +62,11 @@ def application(tmp_path_factory):
     arguments["engine"] |= {"enforce_eager": True, "max_model_len": 1024}
     arguments["environment"] |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     (folder / "serve.yaml").write_text(yaml.safe_dump(config))
-    # To Ray, two engines, the ingress and what runs beside them are a CPU each; two cores run them all the same.
-    start = ["start", "--head", "--block", "--include-dashboard=false", "--node-ip-address=127.0.0.1", "--num-cpus=6"]
-    run = ["run", "--address", f"127.0.0.1:{head}", "--app-dir", str(FOLDER), str(folder / "serve.yaml")]
-    with process(str(BINARIES / "ray"), *start, f"--port={head}", log=folder / "ray.log") as cluster:
-        wait_for_port(head)
-        with process(str(BINARIES / "serve"), *run, log=folder / "serve.log") as serve:
-            url = f"http://127.0.0.1:{port}"
-            wait_for_answer(serve, url, arguments["name"], folder / "serve.log")
-            yield cluster, url, arguments["name"]
-
-
-def wait_for_port(port: int) -> None:
-    """Return once somebody listens there."""
-    for _ in range(120):
-        with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-            return
-        time.sleep(0.5)
-    raise AssertionError("Ray did not start")
+    command = [str(SERVE), "run", "--app-dir", str(FOLDER), str(folder / "serve.yaml")]
+    with process(*command, log=folder / "log") as cluster:
+        url = f"http://127.0.0.1:{port}"
+        wait_for_answer(cluster, url, arguments["name"], folder / "log")
+        yield cluster, url, arguments["name"]
 
 
 def wait_for_answer(serve: psutil.Popen, url: str, model: str, log: Path) -> None:
