@@ -1,0 +1,219 @@
+"""The Helm chart, linted, rendered with several values, and each manifest held against Kubernetes' own schemas."""
+
+import re
+from pathlib import Path
+
+import helm_python
+import kubernetes_validate
+import pytest
+import typer
+import yaml
+
+from vllm_ext.cli import app
+
+DEPLOY = Path(__file__).parent.parent / "deploy"
+CHART = DEPLOY / "helm" / "vllm-ext"
+VALUES = {path.stem.removesuffix("-values"): path for path in sorted((CHART / "ci").glob("*-values.yaml"))}
+KUBERNETES = "1.34"
+# Custom resources: no schema of theirs is in Kubernetes.
+CUSTOM = {"LeaderWorkerSet", "PrometheusRule", "ScaledObject", "ServiceMonitor"}
+# Options that `vllm-ext serve` does not have yet; once it does, a test fails until this is empty.
+MISSING_OPTIONS = {
+    "--api-key-file",
+    "--drain-seconds",
+    "--log-format",
+    "--max-body-bytes",
+    "--max-concurrent-requests",
+    "--max-n",
+    "--max-output-tokens",
+    "--max-prompt-tokens",
+    "--max-queued-requests",
+    "--metrics-port",
+}
+
+
+def values(name: str) -> dict:
+    """The values of one of the chart's examples; none for `defaults`."""
+    return {} if name == "defaults" else yaml.safe_load(VALUES[name].read_text())
+
+
+def rendered(given: dict) -> dict[str, dict]:
+    """Every manifest, by kind and name."""
+    with helm_python.Chart.load(CHART) as chart:
+        chart.validate_schema(given)
+        texts = chart.render(values=given, name="demo", namespace="llm")
+    documents = [
+        document
+        for name, text in texts.items()
+        if not name.endswith("NOTES.txt")
+        for document in yaml.safe_load_all(text)
+        if document
+    ]
+    return {f"{each['kind']}/{each['metadata']['name']}": each for each in documents}
+
+
+def validated(manifests: list[dict]) -> set[str]:
+    """The kinds that were held against a schema; custom resources are left out by name."""
+    kinds = set()
+    for manifest in manifests:
+        if manifest["kind"] not in CUSTOM:
+            kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
+            kinds.add(manifest["kind"])
+    return kinds
+
+
+@pytest.mark.parametrize("name", ["defaults", *VALUES])
+def test_lints(name):
+    report = helm_python.lint(CHART, values(name), strict=True)
+    found = [each for each in report["messages"] if each["severity"] >= 2]  # "icon is recommended" is mere information
+    assert (report["errors"], found) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("defaults", {"Deployment", "Service", "PodDisruptionBudget", "NetworkPolicy"}),
+        ("smallest", {"Deployment", "Service"}),
+        ("gpu", {"Deployment", "Service", "PodDisruptionBudget", "NetworkPolicy", "ConfigMap"}),
+        (
+            "router",
+            {"Deployment", "Service", "PodDisruptionBudget", "NetworkPolicy", "HorizontalPodAutoscaler"}
+            | {"ServiceAccount", "Role", "RoleBinding"},
+        ),
+    ],
+)
+def test_kubernetes_takes_every_manifest(name, kinds):
+    assert validated(list(rendered(values(name)).values())) == kinds
+
+
+def test_the_validator_finds_what_is_wrong():
+    deployment = rendered({})["Deployment/demo-vllm-ext"]
+    deployment["spec"]["template"]["spec"]["containers"][0]["readynessProbe"] = {}
+    with pytest.raises(kubernetes_validate.ValidationError, match="readynessProbe"):
+        validated([deployment])
+
+
+@pytest.mark.parametrize("name", ["defaults", *VALUES])
+def test_pods_cannot_harm_their_node_and_have_time_to_drain(name):
+    given = values(name)
+    drain = given.get("server", {}).get("drainSeconds", 60)
+    for manifest in rendered(given).values():
+        if manifest["kind"] != "Deployment":
+            continue
+        pod = manifest["spec"]["template"]["spec"]
+        assert pod["terminationGracePeriodSeconds"] >= drain + 20
+        assert pod["securityContext"]["runAsNonRoot"]
+        for container in pod["containers"]:
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }
+            mounted = {mount["name"] for mount in container["volumeMounts"]}
+            assert mounted == {volume["name"] for volume in pod["volumes"]}
+
+
+def test_probes_ask_readiness_and_liveness_apart():
+    (server,) = rendered({})["Deployment/demo-vllm-ext"]["spec"]["template"]["spec"]["containers"]
+    paths = {kind: server[kind]["httpGet"]["path"] for kind in ("startupProbe", "readinessProbe", "livenessProbe")}
+    assert paths == {"startupProbe": "/ready", "readinessProbe": "/ready", "livenessProbe": "/health"}
+
+
+def test_keys_come_from_a_secret_and_are_on_no_command_line():
+    deployment = rendered({"apiKeys": {"existingSecret": "keys-of-ours"}})["Deployment/demo-vllm-ext"]
+    pod = deployment["spec"]["template"]["spec"]
+    assert "--api-key-file=/etc/vllm-ext/keys" in pod["containers"][0]["args"]
+    (volume,) = [volume for volume in pod["volumes"] if volume["name"] == "keys"]
+    assert volume["secret"]["secretName"] == "keys-of-ours"
+
+
+def test_the_autoscaler_follows_the_queue():
+    hpa = rendered(values("router"))["HorizontalPodAutoscaler/demo-vllm-ext"]["spec"]
+    assert hpa["scaleTargetRef"] == {"apiVersion": "apps/v1", "kind": "Deployment", "name": "demo-vllm-ext"}
+    assert hpa["metrics"][0]["pods"]["metric"]["name"] == "vllm_num_requests_waiting"
+    keda = rendered(values("gpu"))["ScaledObject/demo-vllm-ext"]["spec"]
+    assert "vllm:num_requests_waiting" in keda["triggers"][0]["metadata"]["query"]
+    for name in ("router", "gpu"):
+        assert "replicas" not in rendered(values(name))["Deployment/demo-vllm-ext"]["spec"]
+
+
+def test_rules_and_dashboards_arrive_as_they_are():
+    """Prometheus' own templates in alerts are not Helm's."""
+    manifests = rendered(values("gpu"))
+    groups = manifests["PrometheusRule/demo-vllm-ext"]["spec"]["groups"]
+    files = [yaml.safe_load((DEPLOY / "prometheus" / name).read_text()) for name in ("rules.yml", "alerts.yml")]
+    assert groups == [group for file in files for group in file["groups"]]
+    for name in ("endpoint", "variant"):
+        text = manifests["ConfigMap/demo-vllm-ext-dashboards"]["data"][f"vllm-ext-{name}.json"]
+        assert text.strip() == (DEPLOY / "grafana" / "dashboards" / f"{name}.json").read_text().strip()
+
+
+def test_the_router_selects_the_servers_and_may_reach_them():
+    manifests = rendered(values("router"))
+    router = manifests["Deployment/demo-vllm-ext-router"]["spec"]["template"]
+    labels = manifests["Deployment/demo-vllm-ext"]["spec"]["template"]["metadata"]["labels"]
+    arguments = router["spec"]["containers"][0]["args"]
+    selected = arguments[arguments.index("--selector") + 1 :][:2]
+    assert all(labels[key] == value for key, value in (each.split("=") for each in selected))
+    allowed = manifests["NetworkPolicy/demo-vllm-ext"]["spec"]["ingress"][0]["from"][0]["podSelector"]["matchLabels"]
+    assert allowed.items() <= router["metadata"]["labels"].items()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"replicas": "two"}, "replicas"),
+        ({"image": {"repository": "vllm-ext", "tag": "latest"}}, "tag"),
+        ({"server": {"drainSecond": 5}}, "drainSecond"),
+        ({"server": {"metricsPort": 8000}}, "metricsPort"),
+        ({"server": {"args": ["--api-key=secret"]}}, "args"),
+        ({"server": {"env": {"VLLM_API_KEY": "secret"}}}, "env"),
+        ({"autoscaling": {"kind": "vpa"}}, "kind"),
+        ({"disruptionBudget": {"minAvailable": "half"}}, "minAvailable"),
+    ],
+)
+def test_refuses_values_that_mean_nothing(wrong, message):
+    with pytest.raises(helm_python.HelmError, match=message):
+        rendered(wrong)
+
+
+def leader_worker_set() -> list[dict]:
+    return list(yaml.safe_load_all((DEPLOY / "kubernetes" / "leaderworkerset.yaml").read_text()))
+
+
+def test_the_pods_of_a_leader_worker_set_are_pods():
+    """Its own schema is not to be had here; the pods in it are Kubernetes' own."""
+    group, service = leader_worker_set()
+    template = group["spec"]["leaderWorkerTemplate"]
+    pods = [
+        {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": part}, "spec": template[f"{part}Template"]["spec"]}
+        for part in ("leader", "worker")
+    ]
+    assert validated([*pods, service]) == {"Pod", "Service"}
+    assert service["spec"]["selector"] == template["leaderTemplate"]["metadata"]["labels"]
+    leader, worker = (set(pod["spec"]["containers"][0]["args"]) for pod in pods)
+    assert worker - leader == {"--headless"}
+    nodes, ranks = f"--nnodes={template['size']}", "--pipeline-parallel-size=2"
+    assert {nodes, ranks} <= leader & worker
+
+
+def test_every_option_exists():
+    """Each option in the chart and the examples is one of vllm-ext serve's, or of vLLM's."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    group = leader_worker_set()[0]["spec"]["leaderWorkerTemplate"]
+    pods = [group["leaderTemplate"]["spec"], group["workerTemplate"]["spec"]]
+    pods += [
+        rendered(values(name))["Deployment/demo-vllm-ext"]["spec"]["template"]["spec"] for name in ("defaults", *VALUES)
+    ]
+    arguments = [argument for pod in pods for argument in pod["containers"][0]["args"]]
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    arguments += [argument for name in ("baseline", "variant") for argument in services[name]["command"]]
+    variables = [name for name in services["variant"]["environment"] if name.startswith("VLLM_EXT_")]
+    used = {argument.split("=")[0] for argument in arguments if re.match(r"--\w", argument)}
+    used |= {"--" + name.removeprefix("VLLM_EXT_").lower().replace("_", "-") for name in variables}
+    assert len(used) > 10
+    ours = {option for each in typer.main.get_command(app).commands["serve"].params for option in each.opts}
+    theirs = set(make_arg_parser(FlexibleArgumentParser())._option_string_actions) | {"--headless"}
+    assert used - ours - theirs == MISSING_OPTIONS

@@ -1,0 +1,185 @@
+"""Two replicas behind vllm-router, and one of them killed under load: every request is accounted for."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import helm_python
+import httpx
+import psutil
+import pytest
+import yaml
+
+from vllm_ext.embedded import fetch_planned
+from vllm_ext.process import free_port, running
+
+pytestmark = pytest.mark.slow
+
+CHART = Path(__file__).parent.parent / "deploy" / "helm" / "vllm-ext"
+ROUTER = Path(sys.executable).parent / "vllm-router"
+REPLICAS = ("replica-a", "replica-b")
+REQUESTS, CLIENTS, KILL_AFTER = 80, 8, 16
+QUESTION = {
+    "model": "SmolLM2",
+    "messages": [{"role": "user", "content": "Tell me of the sea."}],
+    "temperature": 0,
+    "max_tokens": 48,
+    "ignore_eos": True,
+}
+
+
+@dataclass
+class Answer:
+    """What came of one request."""
+
+    streamed: bool
+    status: int = 0
+    replica: str | None = None
+    """Who answers: each replica gives its name as the role of its messages."""
+    text: str = ""
+    complete: bool = False
+    error: str = ""
+    began: float = 0.0
+    ended: float = 0.0
+
+    @property
+    def outcome(self) -> str:
+        """Answered in whole, cut while it was streamed, or lost: without an answer."""
+        if self.complete:
+            return "answered"
+        return "cut" if self.streamed and self.status == 200 else "lost"
+
+
+def ask(client: httpx.Client, answer: Answer) -> Answer:
+    """Ask, and note in `answer` what comes, as it comes."""
+    streamed, answer.began = answer.streamed, time.monotonic()
+    try:
+        with client.stream("POST", "/v1/chat/completions", json=QUESTION | {"stream": streamed}) as response:
+            answer.status = response.status_code
+            if streamed and response.status_code == 200:
+                read_stream(response, answer)
+            else:
+                body = response.read()
+                if response.status_code == 200:
+                    message = json.loads(body)["choices"][0]["message"]
+                    answer.replica, answer.text, answer.complete = message["role"], message["content"], True
+                else:
+                    answer.error = body.decode()
+    except (httpx.HTTPError, ValueError) as error:
+        answer.error = repr(error)
+    answer.ended = time.monotonic()
+    return answer
+
+
+def read_stream(response: httpx.Response, answer: Answer) -> None:
+    for line in response.iter_lines():
+        if line == "data: [DONE]":
+            answer.complete = True
+        elif line.startswith("data: "):
+            chunk = json.loads(line.removeprefix("data: "))
+            if "choices" not in chunk:  # an error, in the stream
+                answer.error = line
+                continue
+            delta = chunk["choices"][0]["delta"]
+            answer.replica = answer.replica or delta.get("role")
+            answer.text += delta.get("content") or ""
+
+
+def wait_for_stream(answers: list[Answer], replica: str) -> list[Answer]:
+    """Return once `replica` is in the middle of a stream, after some were answered: all that it streams."""
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        streaming = [each for each in answers if each.replica == replica and each.streamed and not each.ended]
+        warm = sum(each.complete for each in answers) >= KILL_AFTER
+        if warm and streaming and all(len(each.text) > 8 for each in streaming):
+            return streaming
+        time.sleep(0.001)
+    raise AssertionError(f"{replica} streamed nothing")
+
+
+@contextmanager
+def router(*urls: str):
+    """vllm-router over these servers."""
+    port, metrics = free_port(), free_port()
+    options = ["--policy", "round_robin", "--health-check-interval-secs", "1", "--health-failure-threshold", "1"]
+    command = [str(ROUTER), "--worker-urls", *urls, "--port", str(port), "--prometheus-port", str(metrics), *options]
+    with running(command, port) as url:
+        yield url
+
+
+def processes_of(port: int) -> list[psutil.Process]:
+    """The server that listens there, and all that it started."""
+    (pid,) = {each.pid for each in psutil.net_connections("tcp") if each.laddr.port == port and each.status == "LISTEN"}
+    server = psutil.Process(pid)
+    return [server, *server.children(recursive=True)]
+
+
+@pytest.fixture(scope="module")
+def replicas():
+    """The planned model twice, a core each; by name, the port and the URL."""
+    if not ROUTER.exists():
+        pytest.skip("vllm-router is not installed: make test-slow installs it")
+    with ExitStack() as stack, pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        ports = {name: free_port() for name in REPLICAS}
+        options = ["--served-model-name", "SmolLM2", "--enforce-eager", "--max-model-len", "1024"]
+        command = [sys.executable, "-m", "vllm_ext.cli", "serve", str(fetch_planned()), *options]
+        servers = [
+            running([*command, "--response-role", name, "--port", str(port)], port) for name, port in ports.items()
+        ]
+        urls = pool.map(stack.enter_context, servers)
+        yield {name: (ports[name], url) for name, url in zip(REPLICAS, urls, strict=True)}
+
+
+def test_the_probes_and_options_of_the_chart_are_the_router_s(replicas):
+    with helm_python.Chart.load(CHART) as chart:
+        text = chart.render(values={"router": {"enabled": True}}, name="demo")["vllm-ext/templates/router.yaml"]
+    (pod,) = (each for each in yaml.safe_load_all(text) if each["kind"] == "Deployment")
+    (container,) = pod["spec"]["template"]["spec"]["containers"]
+    told = subprocess.run([ROUTER, "--help"], capture_output=True, text=True, check=True).stdout
+    for argument in container["args"]:
+        assert not argument.startswith("--") or argument.split("=")[0] in told
+    with router(*(url for _, url in replicas.values())) as url:
+        for probe in ("readinessProbe", "livenessProbe"):
+            assert httpx.get(url + container[probe]["httpGet"]["path"], trust_env=False).status_code == 200
+
+
+def test_a_killed_replica_loses_only_what_it_was_streaming(replicas):
+    victim, survivor = REPLICAS
+    with router(*(url for _, url in replicas.values())) as url, httpx.Client(base_url=url, timeout=120) as client:
+        expected = ask(client, Answer(streamed=False)).text
+        processes = processes_of(replicas[victim][0])
+        answers = [Answer(streamed=number % 2 == 0) for number in range(REQUESTS)]
+
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            asked = [pool.submit(ask, client, answer) for answer in answers]
+            streaming = wait_for_stream(answers, victim)
+            for process in processes:
+                process.send_signal(signal.SIGKILL)
+            killed = time.monotonic()
+            for each in asked:
+                each.result()
+
+    outcomes = Counter(answer.outcome for answer in answers)
+    told = [(each.outcome, each.status, each.replica, each.error) for each in answers if each.outcome != "answered"]
+    print(f"{REQUESTS} requests, {CLIENTS} at once, one of two replicas killed: {dict(outcomes)}", told)
+    assert outcomes["lost"] == 0, told
+    # Cut are those, and only those, that the killed replica had begun to stream.
+    cut = [answer for answer in answers if answer.outcome == "cut"]
+    assert all(answer.replica == victim and answer.began < killed for answer in cut), told
+    assert 1 <= len(streaming) <= len(cut) <= CLIENTS
+    # Both had answered before, and every whole answer is the right one, whoever gave it.
+    whole = [answer for answer in answers if answer.complete]
+    assert {answer.replica for answer in whole if answer.ended < killed} == set(REPLICAS)
+    assert {answer.text for answer in whole} == {expected}
+    late = [answer for answer in answers if answer.began > killed]
+    assert len(late) > CLIENTS
+    assert {(answer.outcome, answer.replica) for answer in late} == {("answered", survivor)}
