@@ -8,6 +8,7 @@ import asyncio
 import logging
 import signal
 from types import FrameType
+from typing import Any
 
 from vllm_ext.stopping import stopping
 
@@ -35,7 +36,7 @@ class Drain:
         for number in (signal.SIGTERM, signal.SIGINT):
             vllms = signal.getsignal(number)
 
-            def told(number: int, frame: FrameType | None, vllms: signal._HANDLER = vllms) -> None:
+            def told(number: int, frame: FrameType | None, vllms: Any = vllms) -> None:
                 # What comes next goes to vLLM: a second SIGTERM ends the server at once.
                 signal.signal(number, vllms)
                 stopping.told = True

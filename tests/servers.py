@@ -49,9 +49,9 @@ class Server:
         return sum(found)
 
     def engines(self) -> list[psutil.Process]:
-        """The engines' processes, which the server named in its log."""
+        """The engines' processes, by the name that vLLM gives them."""
         children = psutil.Process(self.process.pid).children(recursive=True)
-        return [child for child in children if "EngineCore" in " ".join(child.cmdline())]
+        return [child for child in children if "EngineCore" in child.cmdline()[0]]
 
     def idle(self, seconds: float = 30) -> bool:
         """Whether within that time nothing runs, waits or holds blocks any more."""
@@ -90,14 +90,17 @@ def served(
     port = free_port()
     command = [*COMMAND, str(model), "--port", str(port), "--enforce-eager", *map(str, options)]
     with log.open("wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True, env=os.environ | (env or {}))
+        process = subprocess.Popen(
+            command, stdout=file, stderr=file, start_new_session=True, env=os.environ | (env or {})
+        )
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     running = Server(f"http://127.0.0.1:{port}", process, log, headers)
     try:
         up = eventually(
             lambda: process.poll() is not None or httpx.get(f"{running.url}/health").status_code == 200, 300
         )
-        assert up and process.poll() is None, log.read_text()[-5000:]
+        assert up, log.read_text()[-5000:]
+        assert process.poll() is None, log.read_text()[-5000:]
         yield running
     finally:
         process.terminate()
