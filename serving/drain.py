@@ -8,7 +8,6 @@ import asyncio
 import logging
 import signal
 from types import FrameType
-from typing import Any
 
 from vllm_ext.stopping import stopping
 
@@ -30,25 +29,26 @@ class Drain:
         self._task: asyncio.Task[None] | None = None
 
     def install(self, seconds: float) -> None:
-        """Take SIGTERM before vLLM does; call it in the event loop, after vLLM has set its own handlers."""
+        """Take SIGTERM from vLLM; call it in the event loop, after vLLM has set its own handlers.
+
+        SIGINT stays vLLM's, does there what SIGTERM did, and is how vLLM is told in the end.
+        """
         self.seconds = seconds
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            vllms = signal.getsignal(number)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._begin)
+        vllms = signal.getsignal(signal.SIGINT)
 
-            def told(number: int, frame: FrameType | None, vllms: Any = vllms) -> None:
-                # What comes next goes to vLLM: a second SIGTERM ends the server at once.
-                signal.signal(number, vllms)
-                stopping.told = True
-                if number == signal.SIGINT or self.draining:
-                    signal.raise_signal(number)
-                else:
-                    self.draining = True
-                    loop.call_soon_threadsafe(self._start)
+        def note(number: int, frame: FrameType | None) -> None:
+            stopping.told = True
+            if callable(vllms):
+                vllms(number, frame)
 
-            signal.signal(number, told)
+        signal.signal(signal.SIGINT, note)
 
-    def _start(self) -> None:
+    def _begin(self) -> None:
+        if self.draining:  # told twice: at once, then
+            signal.raise_signal(signal.SIGINT)
+            return
+        self.draining = True
         self._task = asyncio.get_running_loop().create_task(self._finish())
 
     async def _finish(self) -> None:
@@ -62,7 +62,7 @@ class Drain:
             if late:
                 logger.warning("draining: %d requests did not finish in time and are ended", len(late))
                 await asyncio.wait(late, timeout=1)
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
 
 
 drain = Drain()
