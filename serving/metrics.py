@@ -1,108 +1,149 @@
-"""Our rows on vLLM's `/metrics`: what the plan keeps and what it saves, beside stock.
+"""Our rows on vLLM's `/metrics`: what the plan keeps and saves beside stock, and what the endpoint refuses.
 
-vLLM finds the logger through its group `vllm.stat_logger_plugins` and makes one for each engine, in the process that
-answers `/metrics`. A stock model of a known family gets the same rows, so that two dashboards can be laid side by side.
+vLLM finds the logger through its group `vllm.stat_logger_plugins` and makes one for each engine, in every API server
+process. A stock model of a known family gets the same rows, so that two dashboards can be laid side by side. With
+several processes prometheus-client adds up their files: counters are sums, and of gauges the latest value counts, since
+vLLM sends an engine's state to one of them only.
 """
 
-import logging
-from collections import Counter
 from functools import cache
 from typing import Any
 
-import torch
-from prometheus_client import Gauge
+from prometheus_client import Counter, Gauge
 from vllm.config import VllmConfig
-from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 from vllm.v1.metrics.loggers import StatLoggerBase
+from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
-from model_executors.attention_plan import CONFIG_KEY, KINDS, AttentionPlan
-from model_executors.families import FAMILIES, family_of
-from vllm_ext.footprint import count_parameters, kv_bytes
-
-logger = logging.getLogger("vllm.vllm_ext")
+from model_executors.attention_plan import KINDS
+from serving.plan import PlanReport, plan_of
 
 LABELS = ("model_name", "engine")
 
+GAUGES = {
+    "vllm_ext_kv_cache_token_bytes": (
+        "KV-cache bytes that one token takes, over all ranks and the layers that hold every token."
+    ),
+    "vllm_ext_kv_cache_window_bytes": (
+        "KV-cache bytes that one long request takes, over all ranks and the layers that hold a window."
+    ),
+    "vllm_ext_stock_kv_cache_token_bytes": "What one token would take with full attention in every layer.",
+    "vllm_ext_kv_cache_capacity_tokens": (
+        "Tokens that the KV cache holds, in requests of the model's greatest length, as vLLM counts them."
+    ),
+    "vllm_ext_kv_cache_capacity_bytes": "Bytes of the KV cache, over all ranks.",
+    "vllm_ext_kv_cache_used_tokens": "Of the capacity in tokens, the part whose blocks are in use.",
+    "vllm_ext_kv_cache_used_bytes": "Of the capacity in bytes, the part whose blocks are in use.",
+    "vllm_ext_stock_kv_cache_capacity_tokens": "Tokens that full attention in every layer would hold in these bytes.",
+    "vllm_ext_weight_bytes": "Bytes of the checkpoint's weights that are held, over all ranks.",
+    "vllm_ext_weight_fitted_bytes": "Bytes of the weights that the plan adds, over all ranks.",
+    "vllm_ext_weight_dropped_bytes": "Bytes of the weights that the plan leaves out, over all ranks.",
+}
+COUNTERS = {
+    "vllm_ext_prompt_tokens_total": "Prompt tokens that were computed, those found in the prefix cache not among them.",
+    "vllm_ext_tail_skipped_prompt_tokens_total": (
+        "Computed prompt tokens that never entered the tail or the frozen layers: all but the last of each prompt."
+    ),
+}
+
 
 @cache
-def _gauge(name: str, documentation: str, *labels: str) -> Gauge:
+def _gauge(name: str, documentation: str, *labels: str, mode: str = "mostrecent") -> Gauge:
     """The gauge of that name, made at its first use: one process may start several engines."""
-    return Gauge(name, documentation, (*LABELS, *labels), multiprocess_mode="mostrecent")
+    return Gauge(name, documentation, labels, multiprocess_mode=mode)  # type: ignore[arg-type]
 
 
-def _dtype(name: str | torch.dtype) -> torch.dtype:
-    return name if isinstance(name, torch.dtype) else STR_DTYPE_TO_TORCH_DTYPE[name]
+@cache
+def _counter(name: str, documentation: str, *labels: str) -> Counter:
+    return Counter(name, documentation, labels)
 
 
 class PlanStatLogger(StatLoggerBase):
-    """Sets the gauges of one engine once; the plan does not change while it serves."""
+    """The rows of one engine."""
 
     def __init__(self, vllm_config: VllmConfig, engine_index: int = 0) -> None:
-        config = vllm_config.model_config
-        architecture = config.architecture
-        if architecture in FAMILIES:
-            plan = AttentionPlan.of(config.hf_config.num_hidden_layers)
-        elif hasattr(config.hf_config, CONFIG_KEY):
-            plan = AttentionPlan.from_hf_config(config.hf_config)
-        else:
+        self.labels = (vllm_config.model_config.served_model_name, str(engine_index))
+        self.report = PlanReport.of(vllm_config)
+        if self.report is None:
             return  # a model that no plan is for
-        self.labels = {"model_name": config.served_model_name, "engine": str(engine_index)}
-        self._set_layers(plan)
-        self._set_kv(plan, vllm_config)
-        if config.quantization is None:  # a quantized checkpoint's bytes do not follow from its shape
-            self._set_weights(plan, vllm_config)
+        plan = plan_of(vllm_config)
+        assert plan is not None
+        self.partial = plan.first_partial < len(plan.layers)
+        self._set_plan(self.report)
+        self.used = [self._of_engine(f"vllm_ext_kv_cache_used_{unit}") for unit in ("tokens", "bytes")]
+        self.prompt_tokens, self.skipped = (
+            _counter(name, documentation, *LABELS).labels(*self.labels) for name, documentation in COUNTERS.items()
+        )
 
-    def _set_layers(self, plan: AttentionPlan) -> None:
-        gauge = _gauge("vllm_ext_layers", "Decoder layers by the kind of attention that the plan gives them.", "kind")
-        counts = Counter(layer.kind for layer in plan.layers)
+    def _of_engine(self, name: str) -> Gauge:
+        return _gauge(name, GAUGES[name], *LABELS).labels(*self.labels)
+
+    def _set_plan(self, report: PlanReport) -> None:
+        """What does not change while it serves."""
+        documentation = "Decoder layers by the kind of attention that the plan gives them."
+        layers = _gauge("vllm_ext_layers", documentation, *LABELS, "kind")
         for kind in KINDS:
-            gauge.labels(**self.labels, kind=kind).set(counts[kind])
+            layers.labels(*self.labels, kind).set(report.kinds[kind])
+        values = {
+            "vllm_ext_kv_cache_token_bytes": report.kv_cache.token_bytes,
+            "vllm_ext_kv_cache_window_bytes": report.kv_cache.window_bytes,
+            "vllm_ext_stock_kv_cache_token_bytes": report.kv_cache.stock_token_bytes,
+            "vllm_ext_kv_cache_capacity_tokens": report.kv_cache.capacity_tokens,
+            "vllm_ext_kv_cache_capacity_bytes": report.kv_cache.capacity_bytes,
+            "vllm_ext_stock_kv_cache_capacity_tokens": report.kv_cache.stock_capacity_tokens,
+        }
+        if report.weights is not None:
+            values |= {
+                "vllm_ext_weight_bytes": report.weights.held_bytes,
+                "vllm_ext_weight_fitted_bytes": report.weights.fitted_bytes,
+                "vllm_ext_weight_dropped_bytes": report.weights.dropped_bytes,
+            }
+        for name, value in values.items():
+            if value is not None:
+                self._of_engine(name).set(value)
 
-    def _set_kv(self, plan: AttentionPlan, vllm_config: VllmConfig) -> None:
-        config = vllm_config.model_config
-        cache_dtype = vllm_config.cache_config.cache_dtype
-        dtype = _dtype(config.dtype if cache_dtype == "auto" else cache_dtype)
-        shape = (config.get_total_num_kv_heads(), config.get_head_size(), dtype.itemsize)
-        held, stock = kv_bytes(plan, *shape), kv_bytes(AttentionPlan.of(len(plan.layers)), *shape)
-        for name, documentation, value in (
-            (
-                "vllm_ext_kv_cache_token_bytes",
-                "KV-cache bytes that one token takes, over all ranks and the layers that hold every token.",
-                held.token,
-            ),
-            (
-                "vllm_ext_kv_cache_window_bytes",
-                "KV-cache bytes that one long request takes, over all ranks and the layers that hold a window.",
-                held.window,
-            ),
-            (
-                "vllm_ext_stock_kv_cache_token_bytes",
-                "What one token would take with full attention in every layer.",
-                stock.token,
-            ),
-        ):
-            _gauge(name, documentation).labels(**self.labels).set(value)
-
-    def _set_weights(self, plan: AttentionPlan, vllm_config: VllmConfig) -> None:
-        config = vllm_config.model_config
-        try:
-            parameters = count_parameters(config.hf_config, family_of(config.architecture), plan)
-        except Exception as error:  # a custom configuration, say: a metric must not keep a server from starting
-            logger.warning("No vllm_ext_weight_bytes on /metrics: %s", error)
+    def record(
+        self,
+        scheduler_stats: SchedulerStats | None,
+        iteration_stats: IterationStats | None,
+        mm_cache_stats: Any = None,
+        engine_idx: int = 0,
+    ) -> None:
+        """After each step: how full the KV cache is, and which prompt tokens were computed."""
+        if self.report is None:
             return
-        element_bytes = _dtype(config.dtype).itemsize
-        _gauge("vllm_ext_weight_bytes", "Bytes of the checkpoint's weights that are held, over all ranks.").labels(
-            **self.labels
-        ).set(parameters.held * element_bytes)
-        _gauge("vllm_ext_weight_fitted_bytes", "Bytes of the weights that the plan adds, over all ranks.").labels(
-            **self.labels
-        ).set(parameters.fitted * element_bytes)
-        _gauge(
-            "vllm_ext_weight_dropped_bytes", "Bytes of the weights that the plan leaves out, over all ranks."
-        ).labels(**self.labels).set(parameters.dropped * element_bytes)
-
-    def record(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing changes from step to step."""
+        if scheduler_stats is not None:
+            cache = self.report.kv_cache
+            for gauge, size in zip(self.used, (cache.capacity_tokens, cache.capacity_bytes), strict=True):
+                gauge.set(scheduler_stats.kv_cache_usage * (size or 0))
+        if iteration_stats is not None and (computed := iteration_stats.prompt_token_stats.computed):
+            self.prompt_tokens.inc(computed)
+            if self.partial:
+                # A first token is timed for each prompt whose last token was computed.
+                self.skipped.inc(max(0, computed - len(iteration_stats.time_to_first_tokens_iter)))
 
     def log_engine_initialized(self) -> None:
         """Nothing to add to vLLM's own line."""
+
+
+class HttpMetrics:
+    """What the middleware counts, in each API server process."""
+
+    def __init__(self, model_name: str) -> None:
+        self.model_name = model_name
+        documentation = "HTTP requests that were accepted and not answered in full yet."
+        gauge = _gauge("vllm_ext_http_requests_in_flight", documentation, "model_name", mode="livesum")
+        self._in_flight = gauge.labels(model_name)
+        self._rejected = _counter(
+            "vllm_ext_rejected_requests_total",
+            "HTTP requests that were refused before vLLM saw them, by the limit that refused them.",
+            "model_name",
+            "reason",
+        )
+
+    def in_flight(self, change: int) -> None:
+        """One more, or one less."""
+        self._in_flight.inc(change)
+
+    def rejected(self, reason: str) -> None:
+        """Count one; `reason` is one of a few words."""
+        self._rejected.labels(self.model_name, reason).inc()

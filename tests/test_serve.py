@@ -182,6 +182,29 @@ def test_refuses_a_damaged_checkpoint_before_starting(tiny_models, tmp_path):
     assert "no such folder" in refused("serve", tmp_path / "nothing")
 
 
+def test_refuses_to_run_code_from_a_checkpoint(tiny_models, tmp_path):
+    model = tiny_models("Llama")
+    port = ["--port", free_port()]
+    assert "add --allow-code-from-checkpoint" in refused("serve", model, *port, "--trust-remote-code")
+    assert "convert them to safetensors" in refused("serve", model, *port, "--load-format", "pt")
+    pickled = shutil.copytree(model, tmp_path / "pickled")
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    assert "no *.safetensors weights in that folder; convert" in refused("serve", pickled, *port)
+
+
+def test_refuses_keys_that_others_would_see_or_that_are_none(tiny_models, tmp_path):
+    model = tiny_models("Llama")
+    port = ["--port", free_port()]
+    assert "use --api-key-file, or VLLM_API_KEY" in refused("serve", model, *port, "--api-key", "secret")
+    (tmp_path / "keys").write_text("# none yet\n\n")
+    assert "it has no key" in refused("serve", model, *port, "--api-key-file", tmp_path / "keys")
+    assert "cannot be read" in refused("serve", model, *port, "--api-key-file", tmp_path / "nothing")
+
+
+def test_refuses_limits_that_mean_nothing(tiny_models):
+    assert "give that too" in refused("serve", tiny_models("Llama"), "--max-queued-requests", "4")
+
+
 @pytest.mark.parametrize("listens", [True, False], ids=["listens", "starts"])
 def test_refuses_a_port_in_use(tiny_models, listens):
     """Also one of a vLLM that has yet to load its weights: it holds its port from the start, and listens at the end."""

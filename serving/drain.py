@@ -1,0 +1,68 @@
+"""The end of a server: on SIGTERM requests that were accepted finish, new ones are refused, then vLLM stops.
+
+vLLM's own drain (`--shutdown-timeout`) waits for the engine, not for the answers, and not at all in one of several API
+server processes. So the signal is held back until every answer is sent, or the time is up, and handed to vLLM then.
+"""
+
+import asyncio
+import logging
+import signal
+from types import FrameType
+
+from vllm_ext.stopping import stopping
+
+logger = logging.getLogger("vllm.vllm_ext")
+
+# Of the time to drain, what is kept for vLLM to stop its engine.
+TEARDOWN_SECONDS = 5.0
+TEARDOWN_PART = 0.25
+
+
+class Drain:
+    """Of one API server process."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.draining = False
+        self.expired = False
+        self.in_flight: set[asyncio.Task[None]] = set()
+        self._task: asyncio.Task[None] | None = None
+
+    def install(self, seconds: float) -> None:
+        """Take SIGTERM from vLLM; call it in the event loop, after vLLM has set its own handlers.
+
+        SIGINT stays vLLM's, does there what SIGTERM did, and is how vLLM is told in the end.
+        """
+        self.seconds = seconds
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._begin)
+        vllms = signal.getsignal(signal.SIGINT)
+
+        def note(number: int, frame: FrameType | None) -> None:
+            stopping.told = True
+            if callable(vllms):
+                vllms(number, frame)
+
+        signal.signal(signal.SIGINT, note)
+
+    def _begin(self) -> None:
+        if self.draining:  # told twice: at once, then
+            signal.raise_signal(signal.SIGINT)
+            return
+        self.draining = True
+        self._task = asyncio.get_running_loop().create_task(self._finish())
+
+    async def _finish(self) -> None:
+        share = self.seconds - min(TEARDOWN_SECONDS, self.seconds * TEARDOWN_PART)
+        logger.info("draining: %d requests in flight have %.0f s to finish", len(self.in_flight), share)
+        if self.in_flight:
+            _, late = await asyncio.wait(self.in_flight, timeout=share)
+            self.expired = True
+            for task in late:
+                task.cancel()
+            if late:
+                logger.warning("draining: %d requests did not finish in time and are ended", len(late))
+                await asyncio.wait(late, timeout=1)
+        signal.raise_signal(signal.SIGINT)
+
+
+drain = Drain()
