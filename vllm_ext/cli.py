@@ -185,6 +185,10 @@ def serve(
     freeze: Freeze = None,
     head: Head = None,
     agreement: Agreement = None,
+    words: Annotated[
+        Path | None,
+        typer.Option(help="With character heads: a file of words, a line each, that a step may yield as a whole."),
+    ] = None,
 ) -> None:
     """Serve a model on 127.0.0.1:8000 through vLLM; every option of `vllm serve` may follow.
 
@@ -194,7 +198,7 @@ def serve(
     from vllm_ext.serve import serve as run
 
     changes = None if skip is freeze is None else layer_plans(skip=skip, freeze=freeze)
-    run(model, changes, context.args, head, agreement)
+    run(model, changes, context.args, head, agreement, words)
 
 
 @app.command("compare", context_settings=VLLM_OPTIONS)
@@ -368,6 +372,55 @@ def spell_train(
     if report is not None:
         errors.print(f"report: {report}")
         print(out)
+
+
+@spell_app.command("words")
+def spell_words(
+    model: Annotated[str, typer.Argument(help="A checkpoint's folder, with character heads.")],
+    text: Annotated[
+        Path | None,
+        typer.Option(help='A .txt, a .jsonl with "text", a .mo of translations, or a folder; by default prose.'),
+    ] = None,
+    words: Annotated[
+        Path | None, typer.Option(help="Words, a line each; by default those of the text's first half.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the text's words there, for --words of serve.")] = None,
+    agreement: Agreement = None,
+    margin: Annotated[
+        float, typer.Option(help="By how many nats a word may be spelled worse than its first token to be offered.")
+    ] = 0.0,
+    drafts: Annotated[int, typer.Option(min=1, help="Tokens to offer at once.")] = 4,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts, out of the text's second half.")] = 16,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 64,
+) -> None:
+    """Measure how many tokens a step yields where MODEL's heads spell words of several tokens too.
+
+    Whatever they prefer, the model verifies: greedy answers are the same, but for what rounding makes of a tie.
+    """
+    import tempfile
+
+    from model_executors.head_plan import HeadPlan
+    from vllm_ext.checkpoint import Checkpoint
+    from vllm_ext.offline import read_tokenizer
+    from vllm_ext.spell import tokens_per_step
+    from vllm_ext.spell.words import Words, texts_of, with_words, words_of
+    from vllm_ext.texts import prose
+
+    source = Checkpoint.open(model, weights=True)
+    texts = prose("held_out") if text is None else texts_of(text.expanduser())
+    joined = "\n".join(texts)
+    first, second = joined[: len(joined) // 2], joined[len(joined) // 2 :]
+    with tempfile.TemporaryDirectory() as folder:
+        file = words or out or Path(folder) / "words.txt"
+        if words is None:
+            file.write_text("\n".join(words_of([first])) + "\n")
+        overrides = tokens_per_step.overrides_of(source, agreement)
+        longer = with_words(source, overrides, file, margin)
+        asked = tokens_per_step.prompts_of([second], read_tokenizer(source), prompts)
+        without = tokens_per_step.run(model, overrides, asked, tokens, 0)
+        measured = tokens_per_step.run(model, longer, asked, tokens, drafts)
+        found = len(Words.of(source, HeadPlan.from_config(longer["vllm_ext"]["head"])).runs)
+    tokens_per_step.print_measured(without, measured, found, source.called)
 
 
 @spell_app.command("time")

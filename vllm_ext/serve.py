@@ -9,6 +9,7 @@ import socket
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -31,6 +32,7 @@ def serve(
     vllm_args: Sequence[str],
     head: HeadKind | None = None,
     agreement: float | None = None,
+    words: Path | None = None,
 ) -> None:
     """Serve in the foreground until stopped; without `changes` and `head`, the checkpoint as it is.
 
@@ -39,6 +41,10 @@ def serve(
 
     """
     checkpoint, overrides = prepare(model, changes, vllm_args, head, agreement)
+    if words is not None:
+        from vllm_ext.spell.words import speculation, with_words
+
+        overrides = with_words(checkpoint, overrides, words)
     check_listening(vllm_args)
     if problem := vllm_problem():
         raise UsageError(problem)
@@ -62,6 +68,10 @@ def serve(
         if callable(args.hf_overrides):
             raise UsageError("--hf-overrides beside a plan must be a JSON object")
         args.hf_overrides = {**(args.hf_overrides or {}), **overrides}
+    if words is not None:
+        if args.speculative_config:
+            raise UsageError(f"--words {words}: it offers drafts itself; drop --speculative-config, or --words")
+        args.speculative_config = speculation()
     if not args.uds:
         args.host = args.host or DEFAULT_HOST  # vLLM would listen on every interface
     try:
