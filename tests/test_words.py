@@ -17,10 +17,10 @@ from tests.tiny import prompts, write_tiny
 from vllm_ext.checkpoint import Checkpoint, Trained, write_planned
 from vllm_ext.errors import UsageError
 from vllm_ext.serve import prepare
-from vllm_ext.spell.vocabulary import CharacterVocabulary, token_bytes
+from vllm_ext.spell.vocabulary import BYTES, CharacterVocabulary, token_bytes
 from vllm_ext.spell.words import WordProposer, Words, read_words, runs_of, speculation, texts_of, with_words, words_of
 
-VOCAB_SIZE, PLACES, NEW_TOKENS = 400, 8, 24
+VOCAB_SIZE, PLACES, NEW_TOKENS = 400, 11, 24
 LENGTHS = (3, 17, 40)
 
 
@@ -31,7 +31,8 @@ def write_model(folder, threshold=0.0):
     made, trainer = byte_level()
     trainer.vocab_size = VOCAB_SIZE
     chosen = random.Random(0)
-    text = ["".join(chosen.choice("etaoinshrdlu  ") for _ in range(400)) for _ in range(50)]
+    text = [" ".join(chosen.choice(["the", "catapult", "catalogue", "concat"]) for _ in range(60)) for _ in range(50)]
+    text += ["".join(chosen.choice("etaoinshrdlu  ") for _ in range(400)) for _ in range(50)]
     made.train_from_iterator(text, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>")
     tokenizer.save_pretrained(stock)
@@ -39,6 +40,7 @@ def write_model(folder, threshold=0.0):
     head = HeadPlan("char", slots=slots, threshold=threshold)
     source = Checkpoint.open(str(stock), weights=True)
     tensors = random_tensors(head.shape(source.config["hidden_size"], VOCAB_SIZE), spellings)
+    tensors["bias"][BYTES : slots[0]] = -20.0  # tokens without bytes, which cost one symbol only
     named = {head_tensor_name(name): tensor for name, tensor in tensors.items()}
     write_planned(source, source.planned({}), folder / "spelled", None, Trained(head, named, {}, {"text": "random"}))
     return folder / "spelled"
@@ -64,7 +66,7 @@ def expected(spelled):
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
     out = tmp_path_factory.mktemp("file") / "words.txt"
-    out.write_text("\n".join(["catapult", "concatenate", "dogma", "saturation"]))
+    out.write_text("\n".join(["catapults", "concatenate", "dogma", "saturation"]))
     return out
 
 
@@ -85,8 +87,8 @@ def words_from(spelled, file):
 
 
 def test_runs_reach_as_far_as_the_places(tokenizer):
-    tokens, text = tokenizer(" catapult").input_ids, token_bytes(tokenizer)
-    found = list(runs_of({"catapult": 1}, tokenizer, PLACES))
+    tokens, text = tokenizer(" catapults").input_ids, token_bytes(tokenizer)
+    found = list(runs_of({"catapults": 1}, tokenizer, PLACES))
     assert found
     for run, spelling in found:
         start = next(at for at in range(len(tokens)) if tokens[at : at + len(run)] == list(run))
@@ -220,7 +222,7 @@ def test_translations_are_text():
     [
         ("", "it is empty; write a word a line"),
         ("\n\n", "it is empty"),
-        ("the\ncat", "none is of several tokens"),
+        ("the\ncatapult", "none is of several tokens"),
         (None, "cannot be read as text"),
         (b"\xff\xfe", "cannot be read as text"),
     ],
