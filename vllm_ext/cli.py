@@ -328,6 +328,7 @@ def spell_train(
         Path | None, typer.Option(help="A planned checkpoint of MODEL, whose plan to train for.")
     ] = None,
     layers: Annotated[int, typer.Option(min=0, help="How many of the top layers' MLPs are trained too.")] = 0,
+    lora: Annotated[int, typer.Option(min=0, help="Train adapters of this rank there in place of the weights.")] = 0,
     width: Annotated[int, typer.Option(min=0, help="Of the gated block before the heads; 0 is none.")] = 1536,
     positions: Annotated[int, typer.Option(help="How many bytes of a token are spelled.")] = 16,
     text: Annotated[
@@ -362,7 +363,9 @@ def spell_train(
 
     if head == "stock" and not layers:
         raise UsageError("--head stock without --layers: nothing would be trained; give --layers")
-    conversion = Settings(head, positions, width, layers, text, tokens, written, length, held_out)
+    if lora and not layers:
+        raise UsageError(f"--lora {lora} without --layers: adapters are of the trained layers; give --layers")
+    conversion = Settings(head, positions, width, layers, lora, text, tokens, written, length, held_out)
     trained = training.Settings(
         steps, batch, learning_rate, noise, temperature, loss, precision, accumulation, seed, save_every
     )
