@@ -409,6 +409,8 @@ def spell_words(
     from vllm_ext.spell.words import Words, texts_of, with_words, words_of
     from vllm_ext.texts import prose
 
+    if words is not None and out is not None:
+        raise UsageError(f"--words {words} --out {out}: --out is for the words of a text; leave one of them out")
     source = Checkpoint.open(model, weights=True)
     texts = prose("held_out") if text is None else texts_of(text.expanduser())
     joined = "\n".join(texts)
