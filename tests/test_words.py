@@ -206,7 +206,7 @@ def test_what_is_offered_is_of_the_row_that_the_token_came_from(spelled, file, e
         row = torch.cat([part.log_softmax(0) for part in places])[None]
         (run,) = words.preferred(torch.tensor(tokens[-1:]), row, 3.0)
         assert draft == list(run[1:5])
-    assert sum(bool(draft) for _, draft in offered) > 5
+    assert sum(bool(draft) for _, draft in offered) >= 3
 
 
 def test_translations_are_text():
