@@ -97,25 +97,34 @@ class CharacterHead(nn.Module):
             hidden_states = hidden_states + (nn.functional.silu(gate) * up) @ self.down.T
         return nn.functional.linear(hidden_states, self.weight, self.bias)
 
-    def scores(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`[rows, hidden_size]` to the spelled scores, `[rows, vocab_size]`: the sums of log-probabilities."""
-        return self.spelling.sums(self.spelling.log_probabilities(self.logits(hidden_states).float()))
+    def log_probabilities(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`[rows, hidden_size]` to each place's log-probabilities, `[rows, slots]`, in float32."""
+        return self.spelling.log_probabilities(self.logits(hidden_states).float())
+
+    def scores(self, log_probabilities: torch.Tensor) -> torch.Tensor:
+        """`[rows, slots]` to log-probabilities over the vocabulary, `[rows, vocab_size]`, in float32."""
+        return self.spelling.sums(log_probabilities).log_softmax(-1)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`[rows, hidden_size]` to log-probabilities over the vocabulary, `[rows, vocab_size]`, in float32."""
-        return self.scores(hidden_states).log_softmax(-1)
+        return self.scores(self.log_probabilities(hidden_states))
 
 
 def slots_of(spellings: Sequence[Sequence[int]], places: int) -> tuple[torch.Tensor, tuple[int, ...]]:
     """`spellings` `[vocab_size, places]` in slots, from those in symbols, and how many slots each place has."""
+    slots = slots_by_symbol(spellings, places)
+    found = torch.full((len(spellings), len(slots)), PAD, dtype=torch.int16)
+    for row, spelled in zip(found, spellings, strict=True):
+        row[: len(spelled)] = torch.tensor([slots[place][symbol] for place, symbol in enumerate(spelled)])
+    return found, tuple(map(len, slots))
+
+
+def slots_by_symbol(spellings: Sequence[Sequence[int]], places: int) -> list[dict[int, int]]:
+    """Each place's slots, by the symbols that some token has there."""
     used = [sorted({spelled[place] for spelled in spellings if len(spelled) > place}) for place in range(places)]
     used = [symbols for symbols in used if symbols]
     starts = torch.tensor([0, *map(len, used)]).cumsum(0).tolist()
-    slots = [
+    return [
         {symbol: start + i for i, symbol in enumerate(symbols)}
         for start, symbols in zip(starts[:-1], used, strict=True)
     ]
-    found = torch.full((len(spellings), len(used)), PAD, dtype=torch.int16)
-    for row, spelled in zip(found, spellings, strict=True):
-        row[: len(spelled)] = torch.tensor([slots[place][symbol] for place, symbol in enumerate(spelled)])
-    return found, tuple(map(len, used))

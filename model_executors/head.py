@@ -10,10 +10,12 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
 
 from model_executors.character_head import CharacterHead
 from model_executors.head_metrics import HeadMetrics
 from model_executors.head_plan import HeadPlan, head_tensor_name
+from model_executors.spelled_rows import spelled_rows
 
 StockHead = Callable[[torch.Tensor], torch.Tensor | None]
 """`[rows, hidden_size]` to `[rows, vocab_size]`; None on a tensor-parallel rank that does not sample."""
@@ -34,6 +36,7 @@ class SpellingHead(nn.Module):
         self.heads = CharacterHead(shape, config.dtype)
         self.threshold = plan.threshold
         self.metrics = HeadMetrics(str(config.served_model_name))
+        self.rows = spelled_rows(vllm_config.instance_id) if plan.words else None
 
     @property
     def tensors(self) -> dict[str, nn.Parameter]:
@@ -44,13 +47,24 @@ class SpellingHead(nn.Module):
         """To be called once the tensors are there."""
         self.heads.spell()
 
+    def begin(self) -> None:
+        """To be called in every forward pass of the model, whose metadata tell how far each request is."""
+        if self.rows is not None:
+            metadata = get_forward_context().attn_metadata
+            first = next(iter(metadata.values())) if isinstance(metadata, dict) and metadata else None
+            ends = getattr(first, "seq_lens", None)
+            self.rows.begin(None if ends is None else ends.clone())
+
     def forward(self, hidden_states: torch.Tensor, stock: StockHead) -> torch.Tensor | None:
         """`[rows, hidden_size]` to log-probabilities, or the stock head's logits, `[rows, vocab_size]`."""
         if self.threshold >= 1:
             with self.metrics.timed(0, len(hidden_states)):
                 return stock(hidden_states)
         start = time.perf_counter()
-        scores = self.heads(hidden_states)
+        places = self.heads.log_probabilities(hidden_states)
+        if self.rows is not None:
+            self.rows.keep(places)
+        scores = self.heads.scores(places)
         best = scores.amax(-1)
         unsure = (best < math.log(self.threshold)).nonzero()[:, 0] if self.threshold else best.new_empty(0)
         if len(unsure):

@@ -64,6 +64,10 @@ class HeadPlan:
     threshold: float = 0.0
     """Of character heads: rows whose best token is spelled with less probability go to the stock head; 0 is none, 1
     all."""
+    words: str = ""
+    """Of character heads: a file of longer strings that they spell too, a line each."""
+    margin: float = 0.0
+    """By how many nats a longer string may be spelled worse than its first token, and still be offered."""
     shortlist: int = 256
     """Of the screened head: how many tokens it scores in full."""
 
@@ -74,6 +78,10 @@ class HeadPlan:
             raise ValueError("head is char but the checkpoint has no character heads; train them with vllm-ext spell")
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"threshold is {self.threshold!r}; it is a probability, from 0 to 1")
+        if self.words and (self.kind != "char" or self.threshold == 1):
+            raise ValueError(
+                f"words {self.words!r}: nothing is spelled here; use character heads, and a threshold below 1"
+            )
         if self.shortlist < 1:
             raise ValueError(f"shortlist is {self.shortlist!r}; choose 1 or more")
 

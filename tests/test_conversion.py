@@ -113,7 +113,15 @@ def test_says_how_it_was_made(converted):
     assert list(work.rglob("events.out.tfevents*"))
 
 
-@pytest.mark.parametrize("options", [[], ["--layers", "2", "--noise", "0"], ["--accumulation", "2", "--noise", "0.1"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--layers", "2", "--noise", "0"],
+        ["--layers", "2", "--lora", "4"],
+        ["--accumulation", "2", "--noise", "0.1"],
+    ],
+)
 def test_a_run_that_was_stopped_comes_to_the_same(model, text, tmp_path, monkeypatch, options):
     steps = ["--steps", "6", "--save-every", "2", *options]
     whole = trained(model, text, tmp_path / "whole", *steps)
@@ -143,6 +151,19 @@ def test_trains_the_upper_layers_and_nothing_else(model, text, tmp_path):
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     parts = ("gate_proj", "up_proj", "down_proj")
     assert changed == {f"model.layers.{layer}.mlp.{part}.weight" for layer in (4, 5) for part in parts}
+
+
+def test_adapters_are_merged_into_the_weights(model, text, tmp_path):
+    """What is written differs from the model by matrices of the adapters' rank."""
+    made = trained(model, text, tmp_path / "out", "--steps", "20", "--layers", "1", "--lora", "3")
+    before, after = (load_file(folder / "model.safetensors") for folder in (model, made.folder))
+    assert before.keys() == after.keys()
+    changed = {name: after[name] - before[name] for name in before if not torch.equal(before[name], after[name])}
+    assert changed.keys() == {f"model.layers.5.mlp.{part}.weight" for part in ("gate_proj", "up_proj", "down_proj")}
+    for name, change in changed.items():
+        values = torch.linalg.svdvals(change.double())
+        assert values[2] > 0, name
+        assert values[3] < 1e-3 * values[0], name
 
 
 def test_heals_a_skipping_plan_with_the_stock_head(model, text, tmp_path):
@@ -189,6 +210,7 @@ def test_the_places_cross_entropy_is_another_loss(model, text, tmp_path):
     ("options", "message"),
     [
         (["--head", "stock"], "--head stock without --layers: nothing would be trained"),
+        (["--lora", "4"], "--lora 4 without --layers"),
         (["--steps", "0"], "--steps 0: choose 1 or more"),
         (["--learning-rate", "0"], "--learning-rate 0: choose a positive number"),
         (["--batch", "100000"], "--batch 100000: the text makes 512 tokens"),

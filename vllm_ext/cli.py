@@ -185,6 +185,10 @@ def serve(
     freeze: Freeze = None,
     head: Head = None,
     agreement: Agreement = None,
+    words: Annotated[
+        Path | None,
+        typer.Option(help="With character heads: a file of words, a line each, that a step may yield as a whole."),
+    ] = None,
     api_key_file: Annotated[
         Path | None, typer.Option(envvar="VLLM_EXT_API_KEY_FILE", help="A file with API keys, one a line.")
     ] = None,
@@ -257,7 +261,7 @@ def serve(
     )
     endpoint = Endpoint(settings, api_key_file, metrics_port, log_format, allow_code)
     changes = None if skip is freeze is None else layer_plans(skip=skip, freeze=freeze)
-    run(model, changes, context.args, head, agreement, endpoint)
+    run(model, changes, context.args, head, agreement, words, endpoint)
 
 
 @app.command("compare", context_settings=VLLM_OPTIONS)
@@ -387,6 +391,7 @@ def spell_train(
         Path | None, typer.Option(help="A planned checkpoint of MODEL, whose plan to train for.")
     ] = None,
     layers: Annotated[int, typer.Option(min=0, help="How many of the top layers' MLPs are trained too.")] = 0,
+    lora: Annotated[int, typer.Option(min=0, help="Train adapters of this rank there in place of the weights.")] = 0,
     width: Annotated[int, typer.Option(min=0, help="Of the gated block before the heads; 0 is none.")] = 1536,
     positions: Annotated[int, typer.Option(help="How many bytes of a token are spelled.")] = 16,
     text: Annotated[
@@ -421,7 +426,9 @@ def spell_train(
 
     if head == "stock" and not layers:
         raise UsageError("--head stock without --layers: nothing would be trained; give --layers")
-    conversion = Settings(head, positions, width, layers, text, tokens, written, length, held_out)
+    if lora and not layers:
+        raise UsageError(f"--lora {lora} without --layers: adapters are of the trained layers; give --layers")
+    conversion = Settings(head, positions, width, layers, lora, text, tokens, written, length, held_out)
     trained = training.Settings(
         steps, batch, learning_rate, noise, temperature, loss, precision, accumulation, seed, save_every
     )
@@ -431,6 +438,57 @@ def spell_train(
     if report is not None:
         errors.print(f"report: {report}")
         print(out)
+
+
+@spell_app.command("words")
+def spell_words(
+    model: Annotated[str, typer.Argument(help="A checkpoint's folder, with character heads.")],
+    text: Annotated[
+        Path | None,
+        typer.Option(help='A .txt, a .jsonl with "text", a .mo of translations, or a folder; by default prose.'),
+    ] = None,
+    words: Annotated[
+        Path | None, typer.Option(help="Words, a line each; by default those of the text's first half.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the text's words there, for --words of serve.")] = None,
+    agreement: Agreement = None,
+    margin: Annotated[
+        float, typer.Option(help="By how many nats a word may be spelled worse than its first token to be offered.")
+    ] = 0.0,
+    drafts: Annotated[int, typer.Option(min=1, help="Tokens to offer at once.")] = 4,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts, out of the text's second half.")] = 16,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 64,
+) -> None:
+    """Measure how many tokens a step yields where MODEL's heads spell words of several tokens too.
+
+    Whatever they prefer, the model verifies: greedy answers are the same, but for what rounding makes of a tie.
+    """
+    import tempfile
+
+    from model_executors.head_plan import HeadPlan
+    from vllm_ext.checkpoint import Checkpoint
+    from vllm_ext.offline import read_tokenizer
+    from vllm_ext.spell import tokens_per_step
+    from vllm_ext.spell.words import Words, texts_of, with_words, words_of
+    from vllm_ext.texts import prose
+
+    if words is not None and out is not None:
+        raise UsageError(f"--words {words} --out {out}: --out is for the words of a text; leave one of them out")
+    source = Checkpoint.open(model, weights=True)
+    texts = prose("held_out") if text is None else texts_of(text.expanduser())
+    joined = "\n".join(texts)
+    first, second = joined[: len(joined) // 2], joined[len(joined) // 2 :]
+    with tempfile.TemporaryDirectory() as folder:
+        file = words or out or Path(folder) / "words.txt"
+        if words is None:
+            file.write_text("\n".join(words_of([first])) + "\n")
+        overrides = tokens_per_step.overrides_of(source, agreement)
+        longer = with_words(source, overrides, file, margin)
+        asked = tokens_per_step.prompts_of([second], read_tokenizer(source), prompts)
+        without = tokens_per_step.run(model, overrides, asked, tokens, 0)
+        measured = tokens_per_step.run(model, longer, asked, tokens, drafts)
+        found = len(Words.of(source, HeadPlan.from_config(longer["vllm_ext"]["head"])).runs)
+    tokens_per_step.print_measured(without, measured, found, source.called)
 
 
 @spell_app.command("time")

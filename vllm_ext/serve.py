@@ -54,6 +54,7 @@ def serve(
     vllm_args: Sequence[str],
     head: HeadKind | None = None,
     agreement: float | None = None,
+    words: Path | None = None,
     endpoint: Endpoint | None = None,
 ) -> None:
     """Serve in the foreground until stopped; without `changes` and `head`, the checkpoint as it is.
@@ -66,6 +67,10 @@ def serve(
     endpoint = endpoint or Endpoint(ServerSettings())
     keys = read_keys(endpoint.api_key_file)
     checkpoint, overrides = prepare(model, changes, vllm_args, head, agreement)
+    if words is not None:
+        from vllm_ext.spell.words import speculation, with_words
+
+        overrides = with_words(checkpoint, overrides, words)
     check_listening(vllm_args)
     if problem := vllm_problem():
         raise UsageError(problem)
@@ -86,6 +91,10 @@ def serve(
         if callable(args.hf_overrides):
             raise UsageError("--hf-overrides beside a plan must be a JSON object")
         args.hf_overrides = {**(args.hf_overrides or {}), **overrides}
+    if words is not None:
+        if args.speculative_config:
+            raise UsageError(f"--words {words}: it offers drafts itself; drop --speculative-config, or --words")
+        args.speculative_config = speculation()
     if not args.uds:
         args.host = args.host or DEFAULT_HOST  # vLLM would listen on every interface
     args.api_key = keys or None

@@ -46,6 +46,8 @@ class Settings:
     """Of the gated block before the heads."""
     layers: int = 0
     """How many of the top layers' MLPs are trained with the head."""
+    lora: int = 0
+    """The rank of adapters that are trained there in place of the weights; 0 is none."""
     text: Path | None = None
     tokens: int = 262_144
     """Of the text."""
@@ -79,7 +81,7 @@ def convert(
     with processes.main_process_first():  # the others find what it made
         check_out(out)
         work.mkdir(parents=True, exist_ok=True)
-        apart = ("head", "positions", "width")  # of these, text and states know nothing
+        apart = ("head", "positions", "width", "lora")  # of these, text and states know nothing
         texts_and_states = {name: value for name, value in asdict(settings).items() if name not in apart}
         begun(work / "settings.json", texts_and_states | {"seed": trained.seed, "planned": planned and planned.name})
         tokenizer = read_tokenizer(source)
@@ -91,17 +93,18 @@ def convert(
         states = collect(model, passages, work / "states", part)
         kept = collect(model, held_out, work / "held-out", part)
     head = None
+    torch.manual_seed(trained.seed)
     if settings.head == "char":
         vocabulary = CharacterVocabulary.of(tokenizer, source.config["vocab_size"], settings.positions)
         spellings, slots = slots_of(vocabulary.spellings, settings.positions)
         shape = HeadShape(source.config["hidden_size"], source.config["vocab_size"], slots, settings.width)
-        torch.manual_seed(trained.seed)
         head = new_head(shape, spellings, model.device)
         begin(head, model.model.get_output_embeddings().weight)
-    student = Student(model, part, head)
+    student = Student(model, part, head, settings.lora)
     training.train(student, states, passages, trained, work)
     if not processes.is_main_process:
         return None
+    student.merge()
     student.to_dtype(model.model.dtype)
     judged = judge(student, kept, held_out)
     provenance = {

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from model_executors.character_head import PAD, CharacterHead
@@ -50,7 +52,8 @@ class Student(nn.Module):
     `head` is None where the stock head is kept, and only layers are trained.
     """
 
-    def __init__(self, model: OfflineModel, part: Part, head: CharacterHead | None) -> None:
+    def __init__(self, model: OfflineModel, part: Part, head: CharacterHead | None, lora: int = 0) -> None:
+        """`lora` is the rank of adapters that are trained in place of the layers' weights; 0 is none."""
         super().__init__()
         self.parts, self.part, self.head = (model,), part, head
         self.top = range(len(model.layers) - part.layers, len(model.layers))
@@ -63,6 +66,10 @@ class Student(nn.Module):
         for parameter in self.mlps.parameters():
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
+        if lora:
+            linears = [name for name, module in self.mlps.named_modules() if isinstance(module, nn.Linear)]
+            config = LoraConfig(r=lora, lora_alpha=2 * lora, target_modules=linears)
+            inject_adapter_in_model(config, self.mlps)  # it freezes all else
 
     @property
     def model(self) -> OfflineModel:
@@ -120,6 +127,14 @@ class Student(nn.Module):
             for number in self.top:
                 states = changed.layer(number, states, entered)
         return states.flatten(0, -2)
+
+    def merge(self) -> None:
+        """Add adapters to the weights that they are of, and be rid of them."""
+        for name, module in list(self.mlps.named_modules()):
+            if isinstance(module, LoraLayer):
+                module.merge()
+                parent, _, attribute = name.rpartition(".")
+                setattr(self.mlps.get_submodule(parent), attribute, module.get_base_layer())
 
     def to_dtype(self, dtype: torch.dtype) -> None:
         """Round what was trained to what it will be served in."""

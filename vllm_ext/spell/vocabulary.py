@@ -62,17 +62,17 @@ class CharacterVocabulary:
         taken: dict[tuple[int, ...], int] = {}
         # Those that fit come first: of two that begin alike, the shorter one is spelled.
         for token in sorted(known, key=lambda each: (len(text[each]) > positions, each)):
-            spelled = _spelled(text[token], positions)
-            if spelled in taken:
-                own[token] = "same bytes" if text[taken[spelled]] == text[token] else "same beginning"
+            spelling = spelled(text[token], positions)
+            if spelling in taken:
+                own[token] = "same bytes" if text[taken[spelling]] == text[token] else "same beginning"
             else:
-                taken[spelled] = token
+                taken[spelling] = token
         for token in range(vocab_size):
             if token not in known:
                 own[token] = "special" if token in text else "unused"
         own = dict(sorted(own.items()))
         symbols = {token: (OWN + number,) for number, token in enumerate(own)}
-        spellings = tuple(symbols.get(each) or _spelled(text[each], positions) for each in range(vocab_size))
+        spellings = tuple(symbols.get(each) or spelled(text[each], positions) for each in range(vocab_size))
         cut = tuple(token for token in sorted(known - own.keys()) if len(text[token]) > positions)
         return cls(positions, spellings, own, cut)
 
@@ -136,5 +136,6 @@ def _sentence_piece(piece: str) -> bytes:
     return piece.replace(SPACE, " ").encode()
 
 
-def _spelled(text: bytes, positions: int) -> tuple[int, ...]:
+def spelled(text: bytes, positions: int) -> tuple[int, ...]:
+    """The symbols of some bytes: the first `positions` of them, or all and END."""
     return (*text[:positions], END) if len(text) < positions else tuple(text[:positions])
