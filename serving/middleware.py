@@ -234,6 +234,12 @@ class Gate:
             self.waiting -= 1
 
 
+async def _never() -> Message:
+    """A client that does not go away: vLLM asks for that again and again."""
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
 async def count_tokens(app: ASGIApp, scope: Scope, prompt: dict[str, Any]) -> int:
     """What vLLM's own /tokenize counts, asked without leaving the process.
 
@@ -242,20 +248,25 @@ async def count_tokens(app: ASGIApp, scope: Scope, prompt: dict[str, Any]) -> in
 
     """
     content = json.dumps(prompt).encode()
-    others = [(name, value) for name, value in scope["headers"] if name.lower() not in (b"content-length",)]
-    headers = [*others, (b"content-length", str(len(content)).encode())]
+    replaced = (b"content-length", b"content-type", b"content-encoding")
+    others = [(name, value) for name, value in scope["headers"] if name.lower() not in replaced]
+    stated = [(b"content-length", str(len(content)).encode()), (b"content-type", b"application/json")]
+    headers = [*others, *stated]
     asked = {**scope, "path": "/tokenize", "raw_path": b"/tokenize", "query_string": b"", "headers": headers}
     status, answer = 500, bytearray()
 
-    async def receive() -> Message:
-        return {"type": "http.request", "body": content, "more_body": False}
+    replayed = Replayed(content, _never)
 
     async def send(message: Message) -> None:
         nonlocal status
         status = message.get("status", status)
         answer.extend(message.get("body", b""))
 
-    await app(asked, receive, send)
+    try:
+        await app(asked, replayed, send)
+    finally:
+        if replayed.after is not None:
+            replayed.after.cancel()
     said = json.loads(bytes(answer))
     if status != HTTPStatus.OK:
         message = said.get("error", {}).get("message", "the prompt cannot be read")

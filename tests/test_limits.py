@@ -79,6 +79,26 @@ def test_counts_each_prompt_against_the_limit():
         asyncio.run(limits.check_prompt({"prompt": [1, 2, 3, 4]}, 3, count))
 
 
+def test_asks_tokenize_as_a_client_that_stays():
+    """vLLM's routes listen for a client that goes away while they work."""
+    from fastapi import FastAPI, Request
+    from vllm.entrypoints.serve.utils.api_utils import with_cancellation
+
+    from serving.middleware import count_tokens
+
+    app = FastAPI()
+
+    @app.post("/tokenize")
+    @with_cancellation
+    async def tokenize(request: dict, raw_request: Request):
+        await asyncio.sleep(0.01)
+        return {"count": len(request["prompt"])}
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "root_path": ""}
+    asked = count_tokens(app, scope, {"prompt": "four"})
+    assert asyncio.run(asyncio.wait_for(asked, 5)) == 4
+
+
 @pytest.fixture(scope="module")
 def server(smollm2, tmp_path_factory):
     """One with every limit, a key, and its metrics elsewhere."""
