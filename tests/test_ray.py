@@ -31,6 +31,7 @@ def process(*command: str, log: Path):
     environment = os.environ | {
         # One machine alone, so that Ray's own ports are on loopback. To Ray two engines, the ingress and what runs
         # beside them are a CPU each; two cores run them all the same.
+        "RAY_ADDRESS": "local",
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_OVERRIDE_RESOURCES": '{"CPU": 6}',
         "RAY_USAGE_STATS_ENABLED": "0",
