@@ -37,7 +37,8 @@ def process(*command: str, log: Path):
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     with log.open("w") as file:
-        started = psutil.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
+        # In the application's folder, as its users do: Ray's workers import app.py from there.
+        started = psutil.Popen(command, cwd=FOLDER, stdout=file, stderr=file, env=environment, start_new_session=True)
         try:
             yield started
         finally:
