@@ -29,14 +29,16 @@ QUESTION = {"prompt": "Once upon a time", "temperature": 0, "max_tokens": 32, "i
 def process(*command: str, log: Path):
     """Run it for as long as the block, then end it with all that it started."""
     environment = os.environ | {
-        # One machine alone, so that Ray's own ports are on loopback; its engines, the ingress and what runs beside them are
-        # a CPU each to Ray, and two cores run them all the same.
+        # One machine alone, so that Ray's own ports are on loopback. To Ray two engines, the ingress and what runs
+        # beside them are a CPU each; two cores run them all the same.
+        "RAY_ADDRESS": "local",
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_OVERRIDE_RESOURCES": '{"CPU": 6}',
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     with log.open("w") as file:
-        started = psutil.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
+        # In the application's folder, as its users do: Ray's workers import app.py from there.
+        started = psutil.Popen(command, cwd=FOLDER, stdout=file, stderr=file, env=environment, start_new_session=True)
         try:
             yield started
         finally:
