@@ -31,7 +31,9 @@ def ask(client: httpx.Client, request: Request, intended: float, chunks: list[Ch
     """Stream one answer through the empty list `chunks`; what goes wrong is its `error`."""
     sent, error = now(), None
     try:
-        with client.stream("POST", request.path, content=request.body, headers={"X-Request-Id": request.id}) as response:
+        with client.stream(
+            "POST", request.path, content=request.body, headers={"X-Request-Id": request.id}
+        ) as response:
             if response.status_code == 200:
                 for chunk in response.iter_raw():
                     chunks.append((now(), chunk))

@@ -56,7 +56,9 @@ def _options(parser: LocustArgumentParser) -> None:
     add("--duration", type=float, default=60.0, help="Open loop: seconds of requests that are measured; after them it "
         "goes on until they are answered.")  # fmt: skip
     add("--max-in-flight", type=int, default=2000, help="Open loop: more requests at once fail, and say so.")
-    add("--objective-ttft", type=float, default=0.0, help="Open loop: seconds; stop once the objective is out of reach.")
+    add(
+        "--objective-ttft", type=float, default=0.0, help="Open loop: seconds; stop once the objective is out of reach."
+    )
     add("--objective-itl", type=float, default=0.0, help="Seconds between chunks.")
     add("--objective-goodput", type=float, default=0.95, help="The part of requests that must be good.")
     add("--records", default="", help="A file for one JSON line a request; workers add their number to its name.")
@@ -66,8 +68,9 @@ class Session:
     """What the users of this process share during a run."""
 
     def __init__(self, environment: Environment) -> None:
-        self.environment, self.options = environment, environment.parsed_options
-        options, runner = self.options, environment.runner
+        self.environment, runner = environment, environment.runner
+        self.options: Any = environment.parsed_options
+        options = self.options
         self.client = open_client(environment.host or "", os.environ.get("OPENAI_API_KEY"))
         self.worker, self.workers = 0, 1
         if isinstance(runner, WorkerRunner):
@@ -173,7 +176,9 @@ class OpenLoop:
             if over:
                 break
             if not self.room.acquire(blocking=False):
-                self.session.record(Answer(request.profile, request.id, due, due, now(), error="client at its cap"), request)
+                self.session.record(
+                    Answer(request.profile, request.id, due, due, now(), error="client at its cap"), request
+                )
                 self.bad += measured
                 continue
             chunks: list[Chunk] = []

@@ -98,7 +98,7 @@ class Workload:
 
     def request(self, number: int) -> Request:
         """The request of that number."""
-        dice = random.Random(f"{self.seed}/{number}")
+        dice = random.Random(f"{self.profile}/{self.seed}/{number}")
         name = dice.choice(MIXED) if self.profile == "mixed" else self.profile
         profile = PROFILES[name]
         shared = self._scaled(profile.shared)

@@ -1,7 +1,6 @@
 """An OpenAI-compatible server that emits tokens at known times, and says when it really sent each.
 
-`python -m tests.token_server PORT [--slots N] [--first S] [--gap S] ...`. What it does with a request is said by
-the options, or by `--model` names of `MODELS`; /sent has the times (Unix seconds on the monotonic clock) of all answers.
+`python -m tests.token_server PORT [--slots N] [--first S] [--gap S]`. What it does with a request is said by these, and by its model, one of `MODELS`; /sent has the times (Unix seconds on the monotonic clock) of all answers.
 """
 
 import argparse
@@ -35,7 +34,9 @@ class TokenServer:
         body = await request.json()
         if body["model"] == "errors":
             return JSONResponse({"error": {"message": "no"}}, 503)
-        return StreamingResponse(self.answer(body, received, request.headers.get("x-request-id")), media_type="text/event-stream")
+        return StreamingResponse(
+            self.answer(body, received, request.headers.get("x-request-id")), media_type="text/event-stream"
+        )
 
     async def answer(self, body: dict, received: float, name: str):
         model, tokens, times = body["model"], body["max_tokens"], []
