@@ -252,11 +252,11 @@ def ratios(results: Results, profile: str) -> dict[str, Ratio]:
     }
     for name in ("ttft", "itl", "tpot", "latency"):
         for place, quantile in enumerate(("p50", "p95")):
-            pair = ([getattr(point.figures, name)[place] for point in levels[side]] for side in SIDES)
-            rows[f"{name}_{quantile}_ratio"] = ratio(*pair, seed=plan.seed)
+            pair = [[getattr(point.figures, name)[place] for point in levels[side]] for side in SIDES]
+            rows[f"{name}_{quantile}_ratio"] = ratio(pair[0], pair[1], seed=plan.seed)
     if all(point.kv_cache_usage > 0 for side in SIDES for point in levels[side]):
-        pair = ([point.kv_cache_usage for point in levels[side]] for side in SIDES)
-        rows["kv_cache_usage_ratio"] = ratio(*pair, seed=plan.seed)
+        pair = [[point.kv_cache_usage for point in levels[side]] for side in SIDES]
+        rows["kv_cache_usage_ratio"] = ratio(pair[0], pair[1], seed=plan.seed)
     best = {side: [_best(results, profile, side, turn) for turn in range(plan.rounds)] for side in SIDES}
     rows["tokens_per_second_ratio"] = ratio(best["A"], best["B"], plan.tolerance, seed=plan.seed)
     if all(results.capacity.get(side) for side in SIDES):

@@ -1,11 +1,11 @@
 """Locust users for any OpenAI-compatible endpoint: `locust -f loadtests/locustfile.py --host URL`.
 
-Beside Locust's row for each request (its time: the whole answer, from when it was meant to be sent) there are rows of type
-TTFT, ITL (a gap between two chunks with tokens), TPOT (by the server's count of tokens), and `tokens in` and `tokens out`.
+Beside Locust's row for each request (the whole answer, from when it was meant to be sent) there are rows of type TTFT,
+ITL (a gap between two chunks with tokens), TPOT (by the server's count of tokens), and `tokens in` and `tokens out`.
 
-Closed loop: each user asks again once it is answered. Open loop (`--arrival constant|poisson|bursts|trace`): requests are
-sent when the schedule says, each in a greenlet of its own, whatever became of those before; `--users` is then 1 for each
-process. `--exit-on-failure` and all else is Locust's.
+Closed loop: each user asks again once it is answered. Open loop (`--arrival constant|poisson|bursts|trace`): requests
+are sent when the schedule says, each in a greenlet of its own, whatever became of those before; `--users` is then 1 a
+process. OPENAI_API_KEY, where set, is sent as the bearer token. All else is Locust's.
 """
 
 from locust import User, events, task  # isort: skip  (first of all, since it patches the process)
@@ -69,8 +69,8 @@ class Session:
 
     def __init__(self, environment: Environment) -> None:
         self.environment, runner = environment, environment.runner
-        self.options: Any = environment.parsed_options
-        options = self.options
+        options: Any = environment.parsed_options
+        self.options = options
         self.client = open_client(environment.host or "", os.environ.get("OPENAI_API_KEY"))
         self.worker, self.workers = 0, 1
         if isinstance(runner, WorkerRunner):
@@ -98,6 +98,7 @@ class Session:
         return answer
 
     def record(self, answer: Answer, request: Request) -> None:
+        """Put it into Locust's rows and the records."""
         if self.file:
             self.file.write(write_line(answer))
         name = f"{request.path} {request.profile}"
@@ -134,6 +135,7 @@ class Session:
             )
 
     def close(self) -> None:
+        """Write out what is left."""
         if self.file:
             self.file.close()
             self.file = None
@@ -154,7 +156,7 @@ class OpenLoop:
         self.bad = 0
 
     def requests(self) -> Iterator[tuple[float, Request]]:
-        """This process's share: arrival in seconds, and the request, made before it is due."""
+        """The share of this process: arrival in seconds, and the request, made before it is due."""
         options, workload = self.session.options, self.session.workload
         if options.arrival == "trace":
             pairs = replay(read_trace(Path(options.trace)), workload)
@@ -226,7 +228,9 @@ class OpenAIUser(User):
     @task
     def ask(self) -> None:
         """One request after another; in an open loop the schedule asks instead."""
-        session: Session = self.environment.session  # type: ignore[attr-defined]
+        session: Session | None = getattr(self.environment, "session", None)
+        if session is None:  # it could not start, and said why
+            raise StopUser
         if session.options.arrival != "closed":
             raise StopUser
         request = session.workload.request(next(session.numbers))

@@ -1,5 +1,6 @@
 """A server's `/metrics` throughout a test: scraped here, or asked of a Prometheus that scrapes it already."""
 
+import contextlib
 import threading
 from types import TracebackType
 
@@ -60,10 +61,9 @@ class Scraper:
 
     def _run(self) -> None:
         while True:
-            try:
+            # There are servers without /metrics, and such as are too busy for a second.
+            with contextlib.suppress(httpx.HTTPError, ValueError):
                 self.samples.append({"time": now()} | scrape(self.url))
-            except (httpx.HTTPError, ValueError):
-                pass  # a server without /metrics, or one that is too busy for a second
             if self._done.wait(INTERVAL):
                 return
 
@@ -79,7 +79,7 @@ def from_prometheus(prometheus: str, instance: str, start: float, end: float) ->
     step = max(INTERVAL, (end - start) / 10_000)  # Prometheus gives at most 11,000 points
     for row, name in ROWS.items():
         how = "avg" if name in MEANS else "sum"
-        asked = {
+        asked: dict[str, str | float] = {
             "query": f'{how}({{__name__="{row}",instance="{instance}"}})',
             "start": start,
             "end": end,

@@ -1,8 +1,8 @@
 """Figures from answers, and ratios with intervals that drift does not fool.
 
-Definitions: TTFT counts from when a request was meant to be sent; ITL is the gap between two chunks with tokens, several
-of which a chunk may hold; TPOT is the time after the first chunk over the server's count of tokens after the first;
-goodput is the rate of requests answered within the objective.
+TTFT counts from when a request was meant to be sent; ITL is the gap between two chunks with tokens, several of which a
+chunk may hold; TPOT is the time after the first chunk over the server's count of tokens after the first; goodput is the
+rate of requests answered within the objective.
 """
 
 import math
@@ -89,7 +89,7 @@ def _quantiles(values: Any) -> tuple[float, float]:
 
 
 def is_steady(answers: Sequence[Answer], start: float, end: float) -> bool:
-    """Whether requests in flight have stopped growing, beyond what chance does: by Little's law a load that is served."""
+    """Whether requests in flight have stopped growing, beyond what chance does: the load is served."""
     middle = (start + end) / 2
     first, second = in_flight(answers, start, middle), in_flight(answers, middle, end)
     return second <= GROWTH * first + 2 * math.sqrt(max(first, 1))

@@ -1,6 +1,7 @@
 """How many tokens a prompt has: asked of the server, or of a tokenizer on disk."""
 
 from collections.abc import Callable
+from typing import Any
 
 import httpx
 
@@ -31,7 +32,7 @@ def find_texts(client: httpx.Client, model: str, api: str, tokenizer: str = "") 
 def _local(folder: str, api: str) -> Callable[[str], int]:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
 
     def count(text: str) -> int:
         if api != "chat":

@@ -1,12 +1,13 @@
 """What is asked: prompts and answers of exact lengths, from a seed.
 
 Prompts are never the same twice, so that prefix caching cannot disguise prefill; `sharedprefix` shares one on purpose.
-Completions are asked with token ids, which need no tokenizer. Chat needs text: words that are one token each, found with
-the server's `/tokenize` (vLLM has it) or a local tokenizer; without either a word counts as one token, approximately.
+Completions are asked with token ids, which need no tokenizer. Chat needs text: words that are one token each, found
+with the server's `/tokenize` (vLLM has it) or a local tokenizer; without either a word counts as one, approximately.
 """
 
 import json
 import random
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,9 @@ from typing import Any
 
 FIRST_TOKEN = 1_000
 """Token ids are drawn from here to the vocabulary's size: below lie bytes and special tokens."""
-WORDS = """
+WORDS = re.findall(
+    r"\w+",
+    """
 time year people way day man thing woman life child world school state family student group country problem hand part
 place case week company system program question work government number night point home water room mother area money
 story fact month lot right study book eye job word business issue side kind head house service friend father power hour
@@ -23,7 +26,8 @@ level office door health person art war history party result change morning reas
 force education foot boy age policy music market sense nation plan college interest death experience effect use class
 control care field development role effort rate heart drug show leader light voice wife whole police mind price report
 decision son view relationship town road arm difference value building action season society tax director position
-""".split()
+""",
+)
 
 
 @dataclass(frozen=True)

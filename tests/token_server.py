@@ -1,6 +1,7 @@
 """An OpenAI-compatible server that emits tokens at known times, and says when it really sent each.
 
-`python -m tests.token_server PORT [--slots N] [--first S] [--gap S]`. What it does with a request is said by these, and by its model, one of `MODELS`; /sent has the times (Unix seconds on the monotonic clock) of all answers.
+`python -m tests.token_server PORT [--slots N] [--first S] [--gap S]`. What it does with a request is said by its
+model, one of `MODELS`; /sent has the times (Unix seconds on the monotonic clock) of all answers.
 """
 
 import argparse
@@ -23,9 +24,9 @@ TEXT = "data: " + json.dumps({"choices": [{"index": 0, "text": " token", "finish
 class TokenServer:
     """`slots` requests are answered at once, first come first served; the others wait."""
 
-    def __init__(self, slots: int, first: float, gap: float) -> None:
+    def __init__(self, slots: int, first: float, gap: float, tokens: int | None) -> None:
         self.slots = asyncio.Semaphore(slots)
-        self.first, self.gap = first, gap
+        self.first, self.gap, self.tokens = first, gap, tokens
         self.sent: list[dict] = []
         self.running = self.waiting = self.served = 0
 
@@ -39,28 +40,31 @@ class TokenServer:
         )
 
     async def answer(self, body: dict, received: float, name: str):
-        model, tokens, times = body["model"], body["max_tokens"], []
+        model, tokens, times = body["model"], self.tokens or body["max_tokens"], []
         prompt = len(body["prompt"]) if "prompt" in body else len(body["messages"][0]["content"].split()) + 5
         self.waiting += 1
-        async with self.slots:
+        try:
+            await self.slots.acquire()
+        finally:
             self.waiting -= 1
-            self.running += 1
-            try:
-                due, done = time.perf_counter() + self.first, 0
-                for count, wait in self.steps(model, tokens):
-                    due += wait if done else 0
-                    await asyncio.sleep(max(0, due - time.perf_counter()))
-                    times.append(EPOCH + time.perf_counter())
-                    if model == "event":
-                        yield 'data: {"error": {"message": "no"}}\n\n'
-                        return
-                    yield TEXT.replace(" token", " token" * count)
-                    done += count
-                    if model == "drops" and done >= tokens // 2:
-                        raise ConnectionAbortedError
-            finally:
-                self.running -= 1
-                self.served += 1
+        self.running += 1
+        try:
+            due, done = time.perf_counter() + self.first, 0
+            for count, wait in self.steps(model, tokens):
+                due += wait if done else 0
+                await asyncio.sleep(max(0, due - time.perf_counter()))
+                times.append(EPOCH + time.perf_counter())
+                if model == "event":
+                    yield 'data: {"error": {"message": "no"}}\n\n'
+                    return
+                yield TEXT.replace(" token", " token" * count)
+                done += count
+                if model == "drops" and done >= tokens // 2:
+                    raise ConnectionAbortedError
+        finally:
+            self.running -= 1
+            self.slots.release()
+            self.served += 1
         self.sent.append({"id": name, "received": received, "times": times, "tokens": tokens})
         usage = {"prompt_tokens": prompt, "completion_tokens": tokens}
         if model != "nousage":
@@ -116,5 +120,6 @@ if __name__ == "__main__":
     parser.add_argument("--slots", type=int, default=1000)
     parser.add_argument("--first", type=float, default=0.05)
     parser.add_argument("--gap", type=float, default=0.02)
+    parser.add_argument("--tokens", type=int, help="Of every answer, whatever is asked for.")
     args = parser.parse_args()
-    uvicorn.run(app(TokenServer(args.slots, args.first, args.gap)), port=args.port, log_level="critical")
+    uvicorn.run(app(TokenServer(args.slots, args.first, args.gap, args.tokens)), port=args.port, log_level="critical")
