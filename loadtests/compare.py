@@ -102,8 +102,8 @@ class Comparison:
         self.warm: set[tuple[str, str]] = set()
         self.level_answers: dict[tuple[str, str], list[Answer]] = {}
 
-    def measure(self, step: Callable[[str], None]) -> Results:
-        """Go through all rounds; `step` is told of each side's turn.
+    def measure(self, step: Callable[[str], None], save: Callable[[Results], None]) -> Results:
+        """Go through all rounds; `step` is told of each side's turn, and `save` has the results after each round.
 
         Raises:
             ValueError: where a side cannot be asked, or no rate holds.
@@ -128,7 +128,9 @@ class Comparison:
                         with self._observed(side) as url:
                             for profile in self.plan.profiles:
                                 self._turn(url, side, profile, turn, step)
-        self._distributions()
+                self.results.plan = replace(self.plan, rounds=turn + 1)
+                self._distributions()
+                save(self.results)
         return self.results
 
     @contextlib.contextmanager

@@ -120,7 +120,7 @@ def compare(
 
     Exits with 1 where a --require is not met.
     """
-    from loadtests.compare import SIDES, Comparison, Plan, ratios, verdict
+    from loadtests.compare import SIDES, Comparison, Plan, Results, ratios, verdict
     from loadtests.report import write
     from loadtests.requirements import Requirement
     from vllm_ext.progress import progress
@@ -145,9 +145,13 @@ def compare(
                     bar.advance(task)
 
             described = {side: shlex.join([each, *context.args]) for side, each in zip(SIDES, (a, b), strict=True)}
-            results = Comparison(plan, sides, described).measure(step)
-        command = shlex.join(["vllm-ext", *sys.argv[1:]])
-        missed = write(results, out, requirements, command)
+            command = shlex.join(["vllm-ext", *sys.argv[1:]])
+            missed: list[str] = []
+
+            def save(results: Results) -> None:
+                missed[:] = write(results, out, requirements, command)
+
+            results = Comparison(plan, sides, described).measure(step, save)
     for each in profiles:
         print(verdict(results, each, ratios(results, each)))
     for text in missed:
