@@ -20,6 +20,7 @@ from loadtests.statistics import Ratio
 
 COLOURS = {"A": "#888888", "B": "#1f77b4"}
 LAYOUT: dict[str, Any] = {"template": "plotly_white", "height": 360, "margin": {"l": 60, "r": 20, "t": 50, "b": 50}}
+CONFIG = {"responsive": True, "displaylogo": False}
 ROWS = {
     "goodput_ratio": "requests/s within the promise",
     "tokens_per_second_ratio": "output tokens/s there",
@@ -122,7 +123,7 @@ def _page(results: Results, rows: dict[str, dict[str, Ratio]], judged: list[Any]
 
 
 def _html(figure: go.Figure, name: str) -> Markup:
-    return Markup(figure.to_html(full_html=False, include_plotlyjs=False, div_id=name))
+    return Markup(figure.to_html(full_html=False, include_plotlyjs=False, div_id=name, config=CONFIG))
 
 
 def _levels(results: Results, profile: str) -> dict[str, dict[str, float]]:

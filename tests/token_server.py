@@ -31,15 +31,12 @@ class TokenServer:
         self.running = self.waiting = self.served = 0
 
     async def complete(self, request: Request) -> Response:
-        received = EPOCH + time.perf_counter()
         body = await request.json()
         if body["model"] == "errors":
             return JSONResponse({"error": {"message": "no"}}, 503)
-        return StreamingResponse(
-            self.answer(body, received, request.headers.get("x-request-id")), media_type="text/event-stream"
-        )
+        return StreamingResponse(self.answer(body, request.headers.get("x-request-id")), media_type="text/event-stream")
 
-    async def answer(self, body: dict, received: float, name: str):
+    async def answer(self, body: dict, name: str):
         model, tokens, times = body["model"], self.tokens or body["max_tokens"], []
         prompt = len(body["prompt"]) if "prompt" in body else len(body["messages"][0]["content"].split()) + 5
         self.waiting += 1
@@ -48,6 +45,7 @@ class TokenServer:
         finally:
             self.waiting -= 1
         self.running += 1
+        started = EPOCH + time.perf_counter()
         try:
             due, done = time.perf_counter() + self.first, 0
             for count, wait in self.steps(model, tokens):
@@ -64,8 +62,9 @@ class TokenServer:
         finally:
             self.running -= 1
             self.slots.release()
+            ended = EPOCH + time.perf_counter()
             self.served += 1
-        self.sent.append({"id": name, "received": received, "times": times, "tokens": tokens})
+        self.sent.append({"id": name, "busy": ended - started, "times": times, "tokens": tokens})
         usage = {"prompt_tokens": prompt, "completion_tokens": tokens}
         if model != "nousage":
             yield f"data: {json.dumps({'choices': [], 'usage': usage})}\n\n"
