@@ -64,6 +64,7 @@ def test_open_loop_above_capacity_shows_the_whole_queueing_delay(url, tmp_path):
     assert max(answer.sent - answer.intended for answer in answers) < 0.25
 
 
+@pytest.mark.slow
 def test_saturation_search_finds_the_knee_of_a_server(url):
     """Above its capacity the queue grows, and 0.2 s of delay are soon reached."""
     settings = Settings(scale=0.05, arrival="constant", warmup=1, duration=7)

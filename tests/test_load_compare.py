@@ -29,7 +29,7 @@ def compared(url, tmp_path_factory):
     """A beside A, with one requirement that is met and one that is not."""
     out = tmp_path_factory.mktemp("compared")
     work = ["--profile", "chat", "--scale", "0.05", "--arrival", "constant", "--ttft", "0.3", "--itl", "0.5"]
-    times = ["--warmup", "0.5", "--duration", "2", "--rounds", "2", "--start", "17", "--tolerance", "0.25"]
+    times = ["--warmup", "0.5", "--duration", "2", "--rounds", "2", "--start", "16", "--tolerance", "0.5"]
     required = ["--require", "goodput_ratio>=2", "--require", "goodput_ratio>=0.5"]
     command = [*COMMAND, "compare", url, url, "--out", str(out), *work, *times, *required]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False), out
