@@ -11,12 +11,14 @@ from rich.console import Console
 
 from model_executors.attention_plan import Consolidation
 from vllm_ext.errors import UsageError
+from vllm_ext.loadtest import app as loadtest_app
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 model_app = typer.Typer(no_args_is_help=True, help="The embedded default model, SmolLM2-135M-Instruct.")
 app.add_typer(model_app, name="model")
 spell_app = typer.Typer(no_args_is_help=True, help="Tokens spelled out, byte by byte, for character heads.")
 app.add_typer(spell_app, name="spell")
+app.add_typer(loadtest_app, name="loadtest")
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 VLLM_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}

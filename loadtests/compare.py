@@ -1,0 +1,310 @@
+"""A and B under the same promise: how many more requests a second does B answer within it, and how fast at equal load?
+
+In every round each side's saturation rate is searched anew, and both are measured at the same rate, 80% of what A first
+served. Rounds alternate in who goes first, so drift hits both; only one side is under load at a time.
+"""
+
+import contextlib
+import math
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import httpx
+import numpy as np
+
+from loadtests.answer import Answer, Objective, read_answers
+from loadtests.metrics import Sample, Scraper, from_prometheus, scrape
+from loadtests.run import Run, Settings, locust, run
+from loadtests.saturation import saturate
+from loadtests.statistics import CONFIDENCE, Figures, Ratio, ratio
+
+SIDES = ("A", "B")
+LEVEL = 0.8
+WARM_UP_USERS = 8
+LATER_ROUNDS = 0.9
+"""In later rounds the search starts at this part of the rate that held before."""
+Opened = Callable[[], AbstractContextManager[str]]
+"""Makes a side's server be there, and gives its URL."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured."""
+
+    profiles: tuple[str, ...]
+    objective: Objective
+    settings: Settings
+    rounds: int = 3
+    tolerance: float = 0.1
+    """How closely saturation rates are found, as a part of them."""
+    start: float | None = None
+    """The first rate tried, requests a second; by default found by asking."""
+    seed: int = 0
+    together: bool = True
+    """Whether both servers stay up, or each is started for its turn and ended."""
+    prometheus: str = ""
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise ValueError(f"rounds {self.rounds}: at least 1")
+        if not 0 < self.tolerance <= 1:
+            raise ValueError(f"tolerance {self.tolerance:g}: a part of the rate; give one in (0, 1]")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of one side."""
+
+    side: str
+    profile: str
+    round: int
+    kind: Literal["search", "level"]
+    figures: Figures
+    held: bool
+    """Whether the objective did."""
+    kv_cache_usage: float
+    """Mean over the measured seconds, NaN where the server does not say."""
+
+
+@dataclass
+class Results:
+    """All that was measured."""
+
+    plan: Plan
+    described: dict[str, str]
+    versions: dict[str, str]
+    points: list[Point] = field(default_factory=list)
+    saturation: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    """By profile and side: requests a second, a round."""
+    samples: dict[str, list[Sample]] = field(default_factory=lambda: {side: [] for side in SIDES})
+    capacity: dict[str, float] = field(default_factory=dict)
+    """KV cache, in tokens."""
+    distributions: dict[str, dict[str, dict[str, list[float]]]] = field(default_factory=dict)
+    """By profile, side, and ttft or itl: quantiles at equal load, 0 to 1 in steps of 0.005, in seconds."""
+
+
+class Comparison:
+    """Measures a plan."""
+
+    def __init__(self, plan: Plan, sides: dict[str, Opened], described: dict[str, str]) -> None:
+        self.plan, self.sides = plan, sides
+        versions = {name: version(name) for name in ("vllm-ext", "locust", "httpx", "scipy", "plotly")}
+        versions["python"] = platform.python_version()
+        self.results = Results(plan, described, versions)
+        self.level: dict[str, float] = {}
+        self.warm: set[tuple[str, str]] = set()
+        self.level_answers: dict[tuple[str, str], list[Answer]] = {}
+
+    def measure(self, step: Callable[[str], None], save: Callable[[Results], None]) -> Results:
+        """Go through all rounds; `step` is told of each side's turn, and `save` has the results after each round.
+
+        Raises:
+            ValueError: where a side cannot be asked, or no rate holds.
+
+        """
+        with contextlib.ExitStack() as stack:
+            urls: dict[str, str] = {}
+            if self.plan.together:
+                for side in SIDES:
+                    step(f"{side} starts")
+                    urls[side] = stack.enter_context(self._observed(side))
+            for turn in range(self.plan.rounds):
+                order = SIDES if turn % 2 == 0 else SIDES[::-1]
+                if self.plan.together:
+                    turns = [(side, profile) for profile in self.plan.profiles for side in order]
+                    for side, profile in turns:
+                        self._turn(urls[side], side, profile, turn, step)
+                else:
+                    for side in order:
+                        step(f"round {turn + 1}/{self.plan.rounds}: {side} starts")
+                        self.warm = {each for each in self.warm if each[0] != side}
+                        with self._observed(side) as url:
+                            for profile in self.plan.profiles:
+                                self._turn(url, side, profile, turn, step)
+                self.results.plan = replace(self.plan, rounds=turn + 1)
+                self._distributions()
+                save(self.results)
+        return self.results
+
+    @contextlib.contextmanager
+    def _observed(self, side: str) -> Iterator[str]:
+        """The side's server, scraped throughout."""
+        with self.sides[side]() as url:
+            with contextlib.suppress(httpx.HTTPError, KeyError, ValueError):
+                self.results.capacity[side] = scrape(url)["kv_capacity_tokens"]
+            with contextlib.suppress(httpx.HTTPError, KeyError, ValueError):
+                found = httpx.get(f"{url}/version", timeout=10, trust_env=False).json()["version"]
+                self.results.versions[f"server {side}"] = str(found)
+            start = time.time()
+            with contextlib.nullcontext() if self.plan.prometheus else Scraper(url) as scraper:
+                # The runs read these while they are collected.
+                self.results.samples[side], before = (
+                    scraper.samples if scraper else [],
+                    self.results.samples[side],
+                )
+                yield url
+            after = self.results.samples[side]
+            if self.plan.prometheus:
+                after = from_prometheus(self.plan.prometheus, httpx.URL(url).netloc.decode(), start, time.time())
+            self.results.samples[side] = before + after
+
+    def _turn(self, url: str, side: str, profile: str, turn: int, step: Callable[[str], None]) -> None:
+        """One side's round of one profile: its saturation rate, and its latencies at the common rate."""
+        name = f"round {turn + 1}/{self.plan.rounds}, {profile}: {side}"
+        settings = replace(self.plan.settings, workload=profile)
+        start = self._start(url, side, profile, settings, lambda: step(f"{name} warms up"))
+        seeds = iter(range(self.plan.seed + 1000 * (turn + 1), 2**31))
+        held: list[float] = []
+
+        def holds(rate: float) -> bool:
+            step(f"{name} at {rate:.3g} requests/s")
+            point = self._point(run(url, settings, self.plan.objective, rate, next(seeds)), side, profile, turn)
+            held.append(point.figures.tokens_per_second)
+            return point.held
+
+        first = not self.results.saturation.get(profile, {}).get(side)
+        factor = 1.6 if first else 1 + 1.5 * self.plan.tolerance
+        found = saturate(holds, start, self.plan.tolerance, factor)
+        self.results.saturation.setdefault(profile, {}).setdefault(side, []).append(found)
+        rate = self.level.setdefault(profile, LEVEL * found)
+        step(f"{name} at the common {rate:.3g} requests/s")
+        # All rounds' seeds differ, and both sides' are the same.
+        measured = run(url, settings, self.plan.objective, rate, self.plan.seed + 1000 * (turn + 1) + 999)
+        self._point(measured, side, profile, turn, "level")
+        self.level_answers.setdefault((profile, side), []).extend(measured.answers)
+
+    def _start(self, url: str, side: str, profile: str, settings: Settings, step: Callable[[], None]) -> float:
+        """The first rate to try; a side is asked in a closed loop before its first."""
+        before = self.results.saturation.get(profile, {})
+        served = 0.0
+        if (side, profile) not in self.warm:
+            step()
+            self.warm.add((side, profile))
+            served = warm_up(url, settings, self.plan.seed + (500 if side == "A" else 501))
+        if before.get(side):
+            return LATER_ROUNDS * before[side][-1]
+        if before:
+            return next(iter(before.values()))[-1]
+        return self.plan.start or served
+
+    def _point(
+        self, measured: Run, side: str, profile: str, turn: int, kind: Literal["search", "level"] = "search"
+    ) -> Point:
+        figures = measured.figures
+        held = figures.good >= self.plan.objective.goodput and not figures.given_up and figures.steady
+        end = measured.start + figures.seconds
+        usage = [
+            sample["kv_cache_usage"]
+            for sample in self.results.samples[side]
+            if "kv_cache_usage" in sample and measured.start <= sample["time"] < end
+        ]
+        point = Point(side, profile, turn, kind, figures, held, float(np.mean(usage)) if usage else math.nan)
+        self.results.points.append(point)
+        return point
+
+    def _distributions(self) -> None:
+        grid = np.linspace(0, 1, 201)
+        for (profile, side), answers in self.level_answers.items():
+            whole = [answer for answer in answers if answer.error is None]
+            kinds = {
+                "ttft": np.array([answer.ttft for answer in whole]),
+                "itl": np.concatenate([np.array([]), *(answer.gaps for answer in whole)]),
+            }
+            self.results.distributions.setdefault(profile, {})[side] = {
+                kind: np.quantile(values, grid).tolist() if len(values) else [] for kind, values in kinds.items()
+            }
+
+
+def warm_up(url: str, settings: Settings, seed: int) -> float:
+    """Ask in a closed loop for as long as a run; returns requests answered a second, a first guess at saturation."""
+    seconds = settings.warmup + settings.duration
+    with tempfile.TemporaryDirectory() as folder:
+        records = Path(folder) / "records.jsonl"
+        given = vars(settings) | {"arrival": "closed", "records": records, "seed": seed}
+        options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value != ""]
+        users = [f"--users={WARM_UP_USERS}", f"--spawn-rate={WARM_UP_USERS}", f"--run-time={math.ceil(seconds)}s"]
+        locust(url, [*options, *users], limit=seconds + 300)
+        answered = [answer for answer in read_answers([records]) if answer.error is None]
+    if not answered:
+        return 1 / seconds
+    return len(answered) / (max(answer.end for answer in answered) - min(answer.sent for answer in answered))
+
+
+def ratios(results: Results, profile: str) -> dict[str, Ratio]:
+    """B's figures over A's, by name."""
+    plan = results.plan
+    confidence = 1 - (1 - CONFIDENCE) / len(plan.profiles)  # each profile has a verdict, and all are to be right
+    found = results.saturation[profile]
+    rows = {"goodput_ratio": ratio(found["A"], found["B"], plan.tolerance, confidence, plan.seed)}
+    levels = {
+        side: [
+            point
+            for turn in range(plan.rounds)
+            for point in results.points
+            if (point.side, point.profile, point.round, point.kind) == (side, profile, turn, "level")
+        ]
+        for side in SIDES
+    }
+    for name in ("ttft", "itl", "tpot", "latency"):
+        for place, quantile in enumerate(("p50", "p95")):
+            pair = [[getattr(point.figures, name)[place] for point in levels[side]] for side in SIDES]
+            rows[f"{name}_{quantile}_ratio"] = ratio(pair[0], pair[1], seed=plan.seed)
+    if all(point.kv_cache_usage > 0 for side in SIDES for point in levels[side]):
+        pair = [[point.kv_cache_usage for point in levels[side]] for side in SIDES]
+        rows["kv_cache_usage_ratio"] = ratio(pair[0], pair[1], seed=plan.seed)
+    best = {side: [_best(results, profile, side, turn) for turn in range(plan.rounds)] for side in SIDES}
+    rows["tokens_per_second_ratio"] = ratio(best["A"], best["B"], plan.tolerance, seed=plan.seed)
+    if all(results.capacity.get(side) for side in SIDES):
+        capacity = results.capacity["B"] / results.capacity["A"]
+        rows["kv_capacity_ratio"] = Ratio(capacity, capacity, capacity, 1)
+    return rows
+
+
+def _best(results: Results, profile: str, side: str, turn: int) -> float:
+    """Output tokens a second at the saturation rate."""
+    rate = results.saturation[profile][side][turn]
+    return next(
+        point.figures.tokens_per_second
+        for point in results.points
+        if (point.side, point.profile, point.round, point.kind) == (side, profile, turn, "search")
+        and point.figures.rate == rate
+    )
+
+
+def verdict(results: Results, profile: str, rows: dict[str, Ratio]) -> str:
+    """One sentence: more, less, or no difference."""
+    objective, goodput = results.plan.objective, rows["goodput_ratio"]
+    promise = f"TTFT {objective.ttft:g} s and ITL {objective.itl * 1000:g} ms"
+    served = [float(np.exp(np.mean(np.log(results.saturation[profile][side])))) for side in SIDES]
+    rates = f"{served[1]:.3g} against {served[0]:.3g} requests/s"
+    if goodput.rounds < 2:
+        return f"{profile}: {rates} within {promise} in one round, which cannot tell a difference from chance."
+    interval = f"{goodput.value:.3f}× ({goodput.low:.3f}-{goodput.high:.3f})"
+    if not goodput.differs:
+        return f"{profile}: no difference: B serves {interval} what A does within {promise} ({rates})."
+    word = "more" if goodput.value > 1 else "less"
+    return f"{profile}: B serves {word}: {interval} what A does within {promise} ({rates})."
+
+
+def settings_of(plan: Plan) -> dict[str, Any]:
+    """As JSON has them."""
+    return asdict(plan)
+
+
+def errors_of(points: Sequence[Point]) -> dict[str, int]:
+    """Errors by kind, but for requests of runs that were ended early."""
+    from loadtests.answer import GIVEN_UP
+
+    counts: dict[str, int] = {}
+    for point in points:
+        for kind, count in point.figures.errors.items():
+            if kind != GIVEN_UP:
+                counts[kind] = counts.get(kind, 0) + count
+    return counts

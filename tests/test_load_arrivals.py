@@ -1,0 +1,137 @@
+"""Schedules, the true queueing delay of an open loop, and the planted knee."""
+
+import heapq
+import itertools
+import json
+import sys
+
+import httpx
+import numpy as np
+import pytest
+
+from loadtests.answer import Objective, read_answers
+from loadtests.arrivals import schedule
+from loadtests.run import Settings, locust, run
+from loadtests.saturation import saturate
+from vllm_ext.process import free_port, running
+
+SLOTS, FIRST, GAP, TOKENS = 4, 0.1, 0.02, 6
+SERVICE = FIRST + (TOKENS - 1) * GAP
+CAPACITY = SLOTS / SERVICE
+
+
+@pytest.fixture(scope="module")
+def url():
+    """A server that answers four requests at once, 0.2 s each: 20 a second."""
+    port = free_port()
+    shape = ["--slots", SLOTS, "--first", FIRST, "--gap", GAP, "--tokens", TOKENS]
+    with running([sys.executable, "-m", "tests.token_server", str(port), *map(str, shape)], port) as url:
+        yield url
+
+
+def queue_delays(arrivals, services):
+    """A plain simulation: first come, first served; when each of the servers is next free."""
+    free, delays = [0.0] * SLOTS, []
+    for arrival, service in zip(arrivals, services, strict=True):
+        start = max(arrival, heapq.heappop(free))
+        heapq.heappush(free, start + service)
+        delays.append(start - arrival)
+    return np.array(delays)
+
+
+def test_open_loop_above_capacity_shows_the_whole_queueing_delay(url, tmp_path):
+    """Sent at 1.5 times what is served: each waits longer than the one before, as a queue says."""
+    rate, count = 1.5 * CAPACITY, 120
+    trace = tmp_path / "trace.jsonl"
+    arrivals = list(itertools.islice(schedule("poisson", rate, seed=7), count))
+    trace.write_text(
+        "".join(json.dumps({"arrival": each, "prompt_tokens": 8, "answer_tokens": 8}) + "\n" for each in arrivals)
+    )
+    records = tmp_path / "records.jsonl"
+    assert locust(url, ["--arrival=trace", f"--trace={trace}", f"--records={records}", "--users=1"]) == 0
+    answers = read_answers([records])
+    assert len(answers) == count
+    intended = np.array([answer.intended for answer in answers]) - answers[0].intended + arrivals[0]
+    assert np.allclose(intended, arrivals, atol=1e-3)
+    waited = np.array([answer.ttft for answer in answers]) - FIRST
+    # A busy machine makes each answer take a little more than it should: by the server's own account.
+    busy = {each["id"]: each["busy"] for each in httpx.get(f"{url}/sent", timeout=60).json()}
+    expected = queue_delays(arrivals, [busy[answer.id] for answer in answers])
+    assert expected[-1] > 1.5
+    assert waited[-20:].mean() == pytest.approx(expected[-20:].mean(), rel=0.1)
+    assert np.corrcoef(waited, expected)[0, 1] > 0.99
+    # A client that waits for its turn, and counts from when it sent, would have seen none of it.
+    assert max(answer.sent - answer.intended for answer in answers) < 0.25
+
+
+@pytest.mark.slow
+def test_saturation_search_finds_the_knee_of_a_server(url):
+    """Above its capacity the queue grows, and 0.2 s of delay are soon reached."""
+    settings = Settings(scale=0.05, arrival="constant", warmup=1, duration=7)
+    objective = Objective(ttft=FIRST + 0.2, itl=0.5)
+    seeds = itertools.count()
+
+    def holds(rate):
+        found = run(url, settings, objective, rate, next(seeds)).figures
+        return found.good >= objective.goodput and found.steady and not found.given_up
+
+    assert saturate(holds, CAPACITY * 0.8, tolerance=0.03, factor=1.4) == pytest.approx(CAPACITY, rel=0.05)
+
+
+def test_over_saturation_is_given_up_early(url):
+    settings = Settings(scale=0.05, warmup=0, duration=30)
+    found = run(url, settings, Objective(ttft=0.3, itl=0.5), 3 * CAPACITY, 0).figures
+    assert found.given_up
+    assert found.seconds < 10
+
+
+def test_the_cap_on_requests_in_flight_is_an_error_that_says_so(url, tmp_path):
+    records = tmp_path / "records.jsonl"
+    options = ["--arrival=constant", "--rate=40", "--duration=2", "--max-in-flight=3", f"--records={records}"]
+    assert locust(url, [*options, "--scale=0.05", "--users=1"]) == 1
+    assert {answer.error for answer in read_answers([records])} == {None, "client at its cap"}
+
+
+@pytest.mark.parametrize("knee", [0.07, 1.0, 37.0, 4321.0])
+@pytest.mark.parametrize("start", [0.5, 3.0, 900.0])
+def test_search_by_itself(knee, start):
+    asked = []
+
+    def holds(rate):
+        asked.append(rate)
+        return rate <= knee
+
+    found = saturate(holds, start, tolerance=0.05)
+    assert knee / 1.05 <= found <= knee
+    assert found in asked
+
+
+def test_a_search_that_finds_nothing_says_so():
+    with pytest.raises(ValueError, match="held up to"):
+        saturate(lambda rate: True, 1.0)
+    with pytest.raises(ValueError, match="failed down to"):
+        saturate(lambda rate: False, 1.0)
+
+
+@pytest.mark.parametrize("kind", ["constant", "poisson", "bursts"])
+def test_schedules_have_their_rate_and_their_seed(kind):
+    def times(seed):
+        return np.array(list(itertools.islice(schedule(kind, 5.0, seed, burst=4), 4000)))
+
+    assert len(times(0)) / times(0)[-1] == pytest.approx(5.0, rel=0.1)
+    assert np.array_equal(times(3), times(3))
+    gaps = np.diff(times(0))
+    assert (gaps >= 0).all()
+    if kind == "constant":
+        assert np.allclose(gaps, 0.2)
+    elif kind == "poisson":
+        assert gaps.std() == pytest.approx(gaps.mean(), rel=0.1)
+        assert not np.array_equal(times(0), times(1))
+    else:
+        assert (gaps == 0).mean() == pytest.approx(3 / 4, abs=0.01)
+
+
+def test_schedules_refuse_nonsense():
+    for given in (("poisson", 0.0), ("bursts", 1.0, 0, 0), ("closed", 1.0)):
+        with pytest.raises(ValueError, match=r"rate|burst|arrival"):
+            schedule(*given)

@@ -1,0 +1,119 @@
+"""The whole comparison of a server with itself, its report in a browser, and what a mistake gets."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from junitparser import JUnitXml
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+
+from vllm_ext.process import free_port, running
+
+COMMAND = [sys.executable, "-m", "vllm_ext.cli", "loadtest"]
+PLOTS = {"throughput-chat", "goodput-chat", "ttft-chat", "itl-chat", "kv", "queue"}
+
+
+@pytest.fixture(scope="module")
+def url():
+    port = free_port()
+    shape = ["--slots", "4", "--first", "0.1", "--gap", "0.02", "--tokens", "6"]
+    with running([sys.executable, "-m", "tests.token_server", str(port), *shape], port) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def compared(url, tmp_path_factory):
+    """A beside A, with one requirement that is met and one that is not."""
+    out = tmp_path_factory.mktemp("compared")
+    work = ["--profile", "chat", "--scale", "0.05", "--arrival", "constant", "--ttft", "0.3", "--itl", "0.5"]
+    times = ["--warmup", "0.5", "--duration", "2", "--rounds", "2", "--start", "16", "--tolerance", "0.5"]
+    required = ["--require", "goodput_ratio>=2", "--require", "goodput_ratio>=0.5"]
+    command = [*COMMAND, "compare", url, url, "--out", str(out), *work, *times, *required]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False), out
+
+
+def test_a_beside_a_is_no_difference(compared):
+    done, out = compared
+    assert done.returncode == 1, done.stderr  # for the requirement that is not met, as one of 2 ought to be
+    assert "chat: no difference: B serves " in done.stdout
+    assert done.stderr.count("not met: ") == 1
+    assert str(out / "report.html") in done.stderr.splitlines()[0]
+    assert str(out / "report.html") in done.stdout.splitlines()[-1]
+    report = json.loads((out / "report.json").read_text())
+    (chat,) = report["profiles"].values()
+    assert not chat["ratios"]["goodput_ratio"]["differs"]
+    assert {len(rates) for rates in chat["saturation_requests_per_second"].values()} == {2}
+    assert {run["side"] for run in report["runs"] if run["kind"] == "level"} == {"A", "B"}
+    levels = {run["figures"]["rate"] for run in report["runs"] if run["kind"] == "level"}
+    assert len(levels) == 1
+    assert max(sample["running"] for sample in report["metrics"]["A"]) > 0
+    assert report["versions"]["server A"] == "token server"
+
+
+def test_junit_has_what_failed(compared):
+    (suite,) = JUnitXml.fromfile(str(compared[1] / "junit.xml"))
+    cases = {case.name: [each.message for each in case.result] for case in suite}
+    assert cases["answers without errors"] == []
+    assert cases["goodput_ratio>=0.5"] == []
+    (why,) = cases["goodput_ratio>=2"]
+    assert ">=2 is required" in why
+
+
+@pytest.fixture(scope="module")
+def browser():
+    options = webdriver.ChromeOptions()
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1280,2000"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service("/usr/bin/chromedriver"))
+    yield driver
+    driver.quit()
+
+
+def test_the_report_draws_every_plot_with_no_error(compared, browser):
+    browser.get((compared[1] / "report.html").as_uri())
+    drawn = {
+        plot.get_attribute("id")
+        for plot in browser.find_elements("css selector", ".js-plotly-plot")
+        if plot.find_elements("css selector", ".trace") and plot.size["height"] > 200
+    }
+    assert drawn == PLOTS
+    assert browser.get_log("browser") == []
+    assert "no difference" in browser.find_element("css selector", "ul").text
+    page = Path(compared[1] / "report.html").read_text()
+    assert 'src="http' not in page
+
+
+def refused(*arguments):
+    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    (complaint,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    return complaint
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--require", "goodput>=1"], "require 'goodput>=1': write NAME>=NUMBER"),
+        (["--profile", "talk"], "profile 'talk': take one of chat"),
+        (["--ttft", "0"], "both must be above 0"),
+        (["--goodput", "2"], "goodput 2: it is a part"),
+        (["--arrival", "closed"], "arrival 'closed': take constant, poisson or bursts"),
+        (["--duration", "0"], "--duration 0"),
+        (["--tolerance", "0"], "tolerance 0"),
+    ],
+)
+def test_refuses(url, tmp_path, options, message):
+    assert message in refused("compare", url, url, "--out", str(tmp_path / "out"), *options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_refuses_sides_that_are_not_there(url, tmp_path):
+    nobody = f"http://127.0.0.1:{free_port()}"
+    assert "no OpenAI-compatible server there" in refused("compare", url, nobody, "--out", str(tmp_path / "out"))
+    assert "no such folder" in refused("compare", url, "./nothing", "--out", str(tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,87 @@
+"""Requests of exact lengths from a seed, none twice."""
+
+import json
+
+import pytest
+
+from loadtests.workloads import NAMES, PROFILES, Texts, Workload, read_trace, replay, single_token_words
+
+
+def bodies(workload, count=40):
+    return [json.loads(workload.request(number).body) for number in range(count)]
+
+
+@pytest.mark.parametrize("profile", NAMES)
+def test_lengths_are_exact_and_prompts_unique(profile):
+    workload = Workload(profile, "m", scale=0.25)
+    requests = [workload.request(number) for number in range(40)]
+    asked = [json.loads(request.body) for request in requests]
+    assert [len(body["prompt"]) for body in asked] == [request.prompt_tokens for request in requests]
+    assert [body["max_tokens"] for body in asked] == [request.answer_tokens for request in requests]
+    assert len({tuple(body["prompt"]) for body in asked}) == 40
+    shared = {tuple(body["prompt"][:4]) for body in asked}
+    assert len(shared) == (1 if profile == "sharedprefix" else 40)
+    if profile in PROFILES:
+        low, high = PROFILES[profile].answer
+        assert all(round(low / 4) <= body["max_tokens"] <= round(high / 4) for body in asked)
+
+
+def test_the_seed_decides_and_profiles_share_nothing():
+    same, other = Workload("chat", "m", seed=1), Workload("chat", "m", seed=2)
+    assert bodies(same) == bodies(Workload("chat", "m", seed=1))
+    assert all(ours["prompt"] != theirs["prompt"] for ours, theirs in zip(bodies(same), bodies(other), strict=True))
+    rag = Workload("rag", "m", seed=1)
+    assert all(
+        ours["prompt"][:8] != theirs["prompt"][:8] for ours, theirs in zip(bodies(same), bodies(rag), strict=True)
+    )
+
+
+def test_chat_is_exact_by_the_models_own_tokenizer(smollm2):
+    from loadtests.tokenizers import _local
+
+    count = _local(str(smollm2), "chat")
+    texts = single_token_words(count)
+    assert texts.exact
+    workload = Workload("chat", "m", api="chat", texts=texts)
+    for number in range(20):
+        request = workload.request(number)
+        (message,) = json.loads(request.body)["messages"]
+        assert count(message["content"]) == request.prompt_tokens
+
+
+def test_replays_a_trace(tmp_path):
+    file = tmp_path / "trace.jsonl"
+    lines = [
+        {"arrival": 1.5, "prompt_tokens": 7, "answer_tokens": 3},
+        {"arrival": 0, "prompt_tokens": 9, "answer_tokens": 4},
+    ]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    pairs = list(replay(read_trace(file), Workload("chat", "m")))
+    assert [(time, len(json.loads(request.body)["prompt"]), request.answer_tokens) for time, request in pairs] == [
+        (0.0, 9, 4),
+        (1.5, 7, 3),
+    ]
+
+
+@pytest.mark.parametrize("line", ["", "{}", "[1]", '{"arrival": -1, "prompt_tokens": 1, "answer_tokens": 1}'])
+def test_names_the_line_of_a_trace_that_is_none(tmp_path, line):
+    file = tmp_path / "trace.jsonl"
+    file.write_text(f'{{"arrival": 0, "prompt_tokens": 9, "answer_tokens": 4}}\n{line}\n')
+    with pytest.raises(ValueError, match=r"trace trace.jsonl, line 2"):
+        read_trace(file)
+    with pytest.raises(ValueError, match="No such file"):
+        read_trace(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    "given", [{"profile": "talk"}, {"api": "images"}, {"scale": 0.0}, {"vocab_size": 10}, {"api": "chat"}]
+)
+def test_refuses_nonsense(given):
+    with pytest.raises(ValueError, match=r"profile|api|scale|vocab"):
+        Workload(**({"profile": "chat", "model": "m"} | given))
+
+
+def test_words_that_are_not_one_token_each_are_refused():
+    with pytest.raises(ValueError, match="only 0 of"):
+        single_token_words(len)
+    assert Texts().exact is False
