@@ -87,10 +87,13 @@ class Shape:
             model = AutoModelForCausalLM.from_config(hf_config)
         kv_heads, head_size = _kv_shape(hf_config)
         layers = []
+        active = _active(hf_config)
         for layer in model.model.layers:
-            attention = sum(weight.numel() for weight in getattr(layer, family.attention).parameters())
-            every = sum(map(_active(hf_config), layer.named_parameters()))
-            layers.append(Layer(attention, 2 * kv_heads * head_size * hf_config.hidden_size, every - attention))
+            matrices = [(name, weight) for name, weight in layer.named_parameters() if weight.dim() > 1]
+            own = f"{family.attention}."
+            attention = sum(weight.numel() for name, weight in matrices if name.startswith(own))
+            mlp = sum(active((name, weight)) for name, weight in matrices if not name.startswith(own))
+            layers.append(Layer(attention, 2 * kv_heads * head_size * hf_config.hidden_size, mlp))
         return cls(
             tuple(layers),
             tuple(own_window(hf_config, number) for number in range(len(layers))),
