@@ -262,6 +262,36 @@ def bench(
     run(model, shape, Variant(described, changes, planned, head, agreement), settings, context.args, json_file)
 
 
+@app.command("bench-grow", context_settings=VLLM_OPTIONS)
+def bench_grow(
+    context: typer.Context,
+    dimension: Annotated[Literal["skipped", "context", "streams", "vocabulary"], typer.Argument(help="What grows.")],
+    out: Annotated[Path, typer.Option(help="The picture to write, a .png.")],
+    model: Annotated[str | None, typer.Option(help="A checkpoint's folder; by default the embedded model.")] = None,
+    planned: Annotated[
+        str | None, typer.Option(help="For context and streams: the planned checkpoint; by default the embedded one.")
+    ] = None,
+    point: Annotated[
+        list[int] | None, typer.Option(help="A point to measure, may be given several times; by default a few.")
+    ] = None,
+) -> None:
+    """Draw how cost grows with skipped layers, context, streams or vocabulary, beside the roofline's ideal."""
+    from vllm_ext.bench.command import Variant
+    from vllm_ext.bench.grow import draw, sweep
+    from vllm_ext.embedded import fetch, fetch_planned
+
+    if out.suffix != ".png" or not out.parent.is_dir():
+        raise UsageError(f"--out {out}: give a .png in a folder that exists")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    used = planned or (str(fetch_planned()) if model is None else None)
+    if used is None and dimension in ("context", "streams"):
+        raise UsageError("--planned is missing: give a planned checkpoint of that model to measure beside it")
+    described = Path(used).name if planned and used else "planned"
+    found = sweep(dimension, tuple(point or ()), model or str(fetch()), Variant(described, None, used), context.args)
+    draw(found, out, ["vllm-ext", *sys.argv[1:]])
+    print(out)
+
+
 @app.command("quality", context_settings=VLLM_OPTIONS)
 def quality(
     context: typer.Context,
