@@ -14,7 +14,7 @@ import copy
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from vllm.compilation.decorators import support_torch_compile
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.forward_context import get_forward_context, override_forward_context
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.linear import QKVParallelLinear, UnquantizedLinearMethod
 from vllm.utils.torch_utils import _encode_layer_name
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -138,6 +139,40 @@ class _Nothing(nn.Module):
         return output, None
 
 
+class KeyValueProjection(nn.Module):
+    """In place of an attention's merged projection, for tokens that are not asked with: makes K and V alone.
+
+    Its weight is a part of the merged one's. Where vLLM packs weights once they are loaded, as on a CPU, it packs these
+    too, and so keeps a copy; elsewhere they are the same bytes.
+    """
+
+    def __init__(self, merged: QKVParallelLinear) -> None:
+        super().__init__()
+        self.query_size = merged.num_heads * merged.head_size
+        self.merged = (merged,)
+        self.quant_method = merged.quant_method  # vLLM's word to have a module's weights packed
+        whole: Any = merged.weight
+        self.weight = nn.Parameter(whole.data[self.query_size :], requires_grad=False)
+
+    @classmethod
+    def of(cls, stock: nn.Module) -> dict[str, Self]:
+        """By the merged projection's name in the attention; none where that is quantized, or there is none."""
+        return {
+            name: cls(module)
+            for name, module in stock.named_children()
+            if isinstance(module, QKVParallelLinear)
+            and isinstance(module.quant_method, UnquantizedLinearMethod)
+            and not module.skip_bias_add
+        }
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """`[num_tokens, hidden_size]` to what the merged projection gives, with zeros for Q."""
+        bias: Any = self.merged[0].bias
+        bias = None if bias is None else bias[self.query_size :]
+        made = self.quant_method.apply(self, hidden_states, bias)
+        return torch.cat((made.new_zeros(len(made), self.query_size), made), 1), None
+
+
 class FrozenAttention(nn.Module):
     """Takes an attention module's place, and holds its modules under their names, so that weights load as usual."""
 
@@ -150,9 +185,12 @@ class FrozenAttention(nn.Module):
         # parameters a second time.
         projections = copy.copy(stock)
         projections._modules = stock._modules | {"attn": _QueryKeyValue(), family.out_proj: _Nothing()}
+        self.frozen_proj = nn.ModuleDict(KeyValueProjection.of(stock))
+        of_frozen = copy.copy(projections)
+        of_frozen._modules = {**projections._modules, **self.frozen_proj._modules}
         self.attn: Attention | WindowAttention
         self.stock = (stock,)
-        self.projections = (projections,)
+        self.projections = (projections, of_frozen)
 
     def forward(
         self, positions: torch.Tensor | FrozenPositions, hidden_states: torch.Tensor, **kwargs: Any
@@ -160,9 +198,9 @@ class FrozenAttention(nn.Module):
         """`[num_tokens, hidden_size]` to the same; with `FrozenPositions`, `[num_rows, hidden_size]`."""
         if not isinstance(positions, FrozenPositions):
             return self.stock[0](positions=positions, hidden_states=hidden_states, **kwargs)
-        (project,) = self.projections
+        project, project_frozen = self.projections
         query, own_key, own_value = project(positions=positions.selected, hidden_states=hidden_states, **kwargs)
-        _, key, value = project(positions=positions.every, hidden_states=positions.frozen, **kwargs)
+        _, key, value = project_frozen(positions=positions.every, hidden_states=positions.frozen, **kwargs)
         key, value = (
             every.index_copy(0, positions.rows, torch.where(positions.generating, own, every[positions.rows]))
             for every, own in ((key, own_key), (value, own_value))

@@ -62,6 +62,23 @@ def test_prompt_tokens_do_no_work_and_have_no_logprobs(planned):
     assert rows == [1, 1, 1]
 
 
+def test_prompt_tokens_are_not_asked_with(planned):
+    """Of a prompt of 100 tokens all have K and V made above, and one has Q; packed or not, the parts are the whole."""
+    folder, _ = planned("top")
+    with engine(folder) as llm:
+        rows = {"merged": [], "frozen": []}
+        attention = runner(llm).model.model.layers[4].self_attn
+        frozen = attention.frozen_proj["qkv_proj"]
+        for name, module in (("merged", attention.qkv_proj), ("frozen", frozen)):
+            module.register_forward_hook(lambda _m, given, _o, name=name: rows[name].append(given[0].shape[0]))
+        answers(llm, prompts((100,)), max_tokens=3, prompt_logprobs=False)
+        assert rows == {"merged": [1, 1, 1], "frozen": [100]}
+        states = torch.randn(5, 128)
+        whole, parts = attention.qkv_proj(states)[0], frozen(states)[0]
+    torch.testing.assert_close(parts[:, 128:], whole[:, 128:])
+    assert not parts[:, :128].any()
+
+
 def test_rows_that_go_on():
     """All rows of requests that generate, the last one of those that are prefilled; padding has no rows."""
     bounds = torch.tensor([0, 1, 6, 9, 10, 10], dtype=torch.int32)

@@ -1,0 +1,103 @@
+"""`vllm-ext bench`: what it refuses, and one run of it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from vllm_ext.bench.report import Row, interval
+from vllm_ext.bench.shapes import SHAPES, write_shape
+from vllm_ext.bench.work import Step, Work
+from vllm_ext.errors import UsageError
+
+COMMAND = [sys.executable, "-m", "vllm_ext.cli", "bench"]
+
+
+def run(*arguments):
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=600, check=False, env=environment
+    )
+
+
+def test_work_as_it_is_typed():
+    assert Work.parse("prefill:1024") == Work("prefill", prompt=1024)
+    assert Work.parse("decode:8x128") == Work("decode", streams=8, context=128)
+    assert Work.parse("mixed:8x128+512") == Work("mixed", 512, 8, 128)
+    for text in ("prefill:1024", "decode:8x128", "mixed:8x128+512"):
+        assert str(Work.parse(text)) == text
+    assert Work.parse("mixed:2x9+5").steps == [Step(5, 0, True), Step(1, 11, False), Step(1, 11, False)]
+
+
+@pytest.mark.parametrize("text", ["prefill", "prefill:0", "decode:8", "decode:0x9", "mixed:8x9", "mixed:1x1+0"])
+def test_refuses_work_that_cannot_be(text):
+    with pytest.raises(UsageError, match=f"--work {text.split('+')[0]}"):
+        Work.parse(text)
+
+
+def test_the_share_is_of_the_gain():
+    assert Row("prefill:64", "ms", 300, 200, 1.5, None, ideal=2).share == 0.75
+    assert Row("peak memory", "GiB", 3, 2, 1.5, None).share is None
+
+
+def test_intervals_are_over_rounds():
+    assert interval([1.5], 0) is None
+    low, high = interval([1.4, 1.5, 1.7], 0)
+    assert 1.4 <= low < 1.5 < high <= 1.7
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_are_configurations_of_known_families(tmp_path, name):
+    from model_executors.attention_plan import LayerPlan
+    from vllm_ext.bench.command import Checkpoint, shape_of
+
+    checkpoint = Checkpoint.open(str(write_shape(name, tmp_path / "stock")), weights=False)
+    parameters = {"llama-3.2-1b": 973, "qwen2.5-0.5b": 358, "gemma-3-270m": 100}
+    shape = shape_of(checkpoint)
+    assert round(sum(each.attention + each.mlp for each in shape.layers) / 1e6) == parameters[name]
+    planned = Checkpoint.open(str(write_shape(name, tmp_path / "p", {5: LayerPlan("skip")})), weights=False)
+    assert planned.plan.skipped == [5]
+
+
+def test_refuses_what_cannot_be_measured(tiny_models, tmp_path):
+    llama = tiny_models("Llama")
+    for arguments, told in (
+        ((llama,), "bench needs either --planned, or some of --skip, --freeze and --head"),
+        (("--skip", "5"), "bench needs either a MODEL or a --shape"),
+        (("--shape", "gpt", "--skip", "5"), "--shape gpt: no such shape; use one of llama-3.2-1b"),
+        (("--shape", "qwen2.5-0.5b", "--skip", "99"), "layer 99 does not exist"),
+        ((llama, "--window", "5:16"), "--window 5:16: it needs fitted tensors"),
+        ((llama, "--skip", "5", "--work", "walk:3"), "--work walk:3: write it as prefill:1024"),
+        ((llama, "--skip", "5", "--json", tmp_path / "no" / "file"), "no such folder"),
+        ((llama, "--planned", llama), "it has no attention plan"),
+    ):
+        done = run(*arguments)
+        assert done.returncode == 2, done.stderr
+        assert told in " ".join(done.stderr.split())
+        assert done.stdout == ""
+
+
+def test_measures_and_ends_with_json(tiny_models, tmp_path):
+    """One round with little work: the times mean nothing, but there are as many as were asked for."""
+    work = ["prefill:64", "decode:2x16", "mixed:2x16+32"]
+    options = [option for each in work for option in ("--work", each)]
+    settings = ["--rounds", 1, "--repeats", 2, "--enforce-eager", "--dtype", "float32", "--json", tmp_path / "out.json"]
+    done = run(tiny_models("Llama"), "--skip", "4-5", *options, *settings)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report == json.loads((tmp_path / "out.json").read_text())
+    rows = {row["name"]: row for row in report["rows"]}
+    assert list(rows) == [*work, "start-up", "peak memory", "KV-cache capacity"]
+    for turns in report["rounds"].values():
+        assert {name: len(seconds) for name, seconds in turns[0]["seconds"].items()} == dict(
+            zip(work, (2, 32, 2), strict=True)
+        )
+        assert turns[0]["element_bytes"] == 4
+    assert all(row["stock"] > 0 and row["variant"] > 0 for row in rows.values())
+    # Two of six layers hold no cache; each capacity is of whole blocks of 128 tokens.
+    assert rows["KV-cache capacity"]["ideal"] == 1.5
+    assert rows["KV-cache capacity"]["gain"] == pytest.approx(1.5, rel=0.01)
+    assert rows["prefill:64"]["share"] == pytest.approx(rows["prefill:64"]["gain"] / rows["prefill:64"]["ideal"])
+    assert "share: the gain by the ideal one" in " ".join(done.stdout.split())

@@ -1,0 +1,91 @@
+"""What planned layers add is one graph each: no break, no shape that depends on data, nothing read on the host.
+
+This is what CUDA graphs and `torch.compile` ask for, checked on the CPU: `fullgraph=True` fails at a graph break, and
+under fake tensors any read of a value (`.item()`, `nonzero`, a branch on data) raises. No GPU has run it.
+"""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from vllm.config import set_current_vllm_config
+
+from model_executors.character_head import CharacterHead
+from model_executors.freeze import FrozenUpper, select_rows
+from model_executors.head_plan import HeadShape
+from model_executors.window import WindowAttention
+from tests.engines import engine, runner
+from tests.fitted import write_random
+from tests.test_freeze import PLANS
+
+HIDDEN = 128
+
+
+@pytest.fixture(scope="module")
+def model(tiny_models, tmp_path_factory):
+    """Windows, frozen layers and a tail with a linear map, in an engine."""
+    changes = PLANS["with windows"] | PLANS["below a tail"]
+    folder = write_random(tiny_models("Llama"), tmp_path_factory.mktemp("tracing") / "planned", changes)
+    with engine(folder) as llm, set_current_vllm_config(llm.llm_engine.vllm_config):
+        yield runner(llm).model
+
+
+def graphs_of(call, *sizes):
+    """How many graphs a call is compiled to over batches of several sizes, which must be one."""
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=counter)
+    for given in map(states, sizes):
+        torch.testing.assert_close(compiled(given), call(given))
+    return counter.frame_count
+
+
+def states(size):
+    return torch.randn(size, HIDDEN, generator=torch.Generator().manual_seed(size))
+
+
+def test_the_tail_and_what_a_skipped_layer_adds(model):
+    """As they are written, without vLLM's own compilation around them."""
+    assert graphs_of(model.tail.forward, 3, 5, 9) == 1
+    consolidation = model.model.layers[5].self_attn
+    assert graphs_of(lambda given: consolidation(None, given), 3, 5, 9) == 1
+
+
+def test_what_a_window_adds_around_the_kernel(model):
+    window = next(module for module in model.modules() if isinstance(module, WindowAttention))
+    value = window.sink_value.numel()
+    assert graphs_of(lambda given: window.shifted(given[:, :value]), 3, 5, 9) == 1
+    assert graphs_of(window.unshifted, 3, 5, 9) == 1
+
+
+def test_keys_and_values_of_frozen_tokens(model):
+    frozen = model.model.layers[4].self_attn.frozen_proj["qkv_proj"]
+    assert graphs_of(lambda given: frozen(given)[0], 3, 5, 9) == 1
+
+
+def test_frozen_layers_mix_rows_by_an_index_of_fixed_length():
+    """`index_copy` and `where`, whose results have the shapes of what they are given; nothing like `nonzero`."""
+    with FakeTensorMode():
+        key, own = torch.empty(9, 64), torch.empty(4, 64)
+        index, generating = torch.empty(4, dtype=torch.long), torch.empty(4, 1, dtype=torch.bool)
+        mixed = key.index_copy(0, index, torch.where(generating, own, key[index]))
+        assert mixed.shape == key.shape
+    assert FrozenUpper.forward.__code__.co_argcount == 5  # the index is given to it, made outside of the graph
+
+
+def test_which_rows_go_on_is_chosen_on_the_host():
+    """Not traceable, and not traced: the builder does it from CPU tensors before a step, so no device is waited for."""
+    with FakeTensorMode():
+        bounds, prefilling = torch.empty(5, dtype=torch.int32), torch.empty(4, dtype=torch.bool)
+        with pytest.raises(Exception, match=r"item|repeat_interleave|data-dependent|Dynamic|dynamic") as raised:
+            select_rows(bounds, prefilling)
+    assert isinstance(raised.value, DataDependentOutputException | RuntimeError)
+
+
+def test_character_heads():
+    spellings = torch.randint(0, 5, (50, 3))
+    heads = CharacterHead(HeadShape(HIDDEN, 50, (5, 5, 5)), torch.float32)
+    for name, parameter in heads.named_parameters():
+        parameter.data.copy_(spellings if name == "spellings" else torch.randn(parameter.shape))
+    heads.spell()
+    assert graphs_of(heads.forward, 3, 5, 9) == 1

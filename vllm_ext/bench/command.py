@@ -1,0 +1,150 @@
+"""`vllm-ext bench`: what is measured beside what, and the shape that ideals are worked out from."""
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from model_executors.attention_plan import AttentionPlan, LayerPlan
+from model_executors.head_plan import HeadPlan
+from model_executors.head_plan import Kind as HeadKind
+from vllm_ext.bench import machine
+from vllm_ext.bench.ideal import Shape
+from vllm_ext.bench.report import Row, report, rows, show
+from vllm_ext.bench.run import Candidate, rounds
+from vllm_ext.bench.shapes import write_shape
+from vllm_ext.bench.work import Work
+from vllm_ext.checkpoint import Checkpoint
+from vllm_ext.errors import UsageError
+from vllm_ext.serve import head_plan, prepare
+from vllm_ext.versions import vllm_problem
+
+DUMMY = ("--load-format", "dummy")
+UNTOKENIZED = ("--skip-tokenizer-init",)  # prompts are token ids
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is measured beside stock."""
+
+    described: str
+    """By the options that name it."""
+    changes: Mapping[int, LayerPlan] | None = None
+    """A plan laid over the stock checkpoint."""
+    folder: str | None = None
+    """A planned checkpoint."""
+    head: HeadKind | None = None
+    agreement: float | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How it is measured."""
+
+    work: tuple[str, ...]
+    count: int = 3
+    """Rounds."""
+    repeats: int = 3
+    """How often a prompt is timed in a process."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Stock and variant, ready to be measured."""
+
+    name: str
+    candidates: Mapping[str, Candidate]
+    shape: Shape
+    plan: AttentionPlan
+    heads: tuple[HeadPlan, HeadPlan]
+
+
+def pair(
+    model: str | None, shape: str | None, variant: Variant, settings: Settings, args: Sequence[str], scratch: Path
+) -> Pair:
+    """Check the two.
+
+    Raises:
+        UsageError: for a model or plan that is missing, damaged or does not fit.
+
+    """
+    if (model is None) == (shape is None):
+        raise UsageError("bench needs either a MODEL or a --shape; give one of them")
+    if shape is not None:
+        model = str(write_shape(shape, scratch / "stock"))
+        if variant.folder is not None:
+            raise UsageError(f"--planned {variant.folder}: a --shape has no checkpoint; use --skip, --window, --freeze")
+        folder = model
+        if variant.changes is not None:
+            folder = str(write_shape(shape, scratch / "planned", variant.changes))
+        variant = Variant(variant.described, None, folder, variant.head, variant.agreement)
+        args = [*args, *DUMMY]
+    assert model is not None
+    if not any(each.startswith("--max-model-len") for each in args):
+        longest = max(Work.parse(text).longest for text in settings.work)
+        args = [*args, "--max-model-len", str(-(-longest // 128) * 128)]
+    args = [*args, *UNTOKENIZED]
+    stock, _ = prepare(model, None, args)
+    served = variant.folder or model
+    opened, overrides = prepare(served, variant.changes, args, variant.head, variant.agreement)
+    if variant.folder is not None and shape is None and opened.plan is None:
+        raise UsageError(f"--planned {variant.folder}: it has no attention plan; write one with vllm-ext plan")
+    plan = opened.plan if variant.changes is None else opened.planned(variant.changes)
+    heads = (HeadPlan(), head_plan(opened, variant.head, variant.agreement))
+    return Pair(
+        shape or Path(model).name,
+        {"stock": Candidate(model, {}, args), "variant": Candidate(served, overrides, args)},
+        shape_of(stock),
+        plan or AttentionPlan.of(stock.num_layers),
+        heads,
+    )
+
+
+def shape_of(stock: Checkpoint) -> Shape:
+    """The checkpoint's shape; what its elements take is known when an engine has chosen."""
+    from transformers import AutoConfig
+
+    return Shape.of(AutoConfig.from_pretrained(stock.folder or stock.name), stock.family)
+
+
+def bench(
+    model: str | None,
+    shape: str | None,
+    variant: Variant,
+    settings: Settings,
+    args: Sequence[str],
+    json_file: Path | None,
+) -> None:
+    """Measure, print the table, and the JSON as the last line.
+
+    Raises:
+        UsageError: as `pair` does, and where an engine does not start.
+
+    """
+    if json_file is not None and not json_file.parent.is_dir():
+        raise UsageError(f"--json {json_file}: no such folder; create {json_file.parent}")
+    if problem := vllm_problem():
+        raise UsageError(problem)
+    with tempfile.TemporaryDirectory(prefix="vllm-ext-bench-") as scratch:
+        found, made = measure(model, shape, variant, settings, args, Path(scratch))
+    show(made, found)
+    text = json.dumps(made)
+    if json_file is not None:
+        json_file.write_text(text + "\n")
+    print(text)
+
+
+def measure(
+    model: str | None, shape: str | None, variant: Variant, settings: Settings, args: Sequence[str], scratch: Path
+) -> tuple[list[Row], dict[str, Any]]:
+    """The rows, and all of it for JSON; raises as `pair` does."""
+    two = pair(model, shape, variant, settings, args, scratch)
+    roof = machine.measured()
+    measured = rounds(two.candidates, settings.work, settings.count, settings.repeats, settings.seed)
+    shape_served = replace(two.shape, element_bytes=measured["stock"][0].element_bytes)
+    found = rows(measured, settings.work, shape_served, two.plan, two.heads, roof, settings.seed)
+    told = {"count": settings.count, "repeats": settings.repeats, "seed": settings.seed, "vllm_args": list(args)}
+    return found, report(two.name, variant.described, found, measured, roof, told)

@@ -1,0 +1,132 @@
+"""One engine in a process of its own, given one piece of work after another: `python -m vllm_ext.bench.worker`.
+
+The engine runs in this very process, so that its steps can be timed one by one, without a network or a second process
+that takes turns with it. What HTTP adds is the same for stock and variant; `loadtests` measures it. Prompts are random
+token ids from a fixed seed, never the same twice, so that the prefix cache finds nothing.
+"""
+
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm_ext.bench.work import DECODE_STEPS, Work
+
+SETTLING_STEPS = 4
+
+
+class Bench:
+    """Gives an engine work and times its steps."""
+
+    def __init__(self, engine: Any, seed: int) -> None:
+        self.engine = engine
+        self.random = random.Random(seed)
+        self.vocab_size = engine.model_config.get_vocab_size()
+        self.requests = 0
+
+    def add(self, prompt_tokens: int, answer_tokens: int) -> str:
+        """Queue one greedy request; returns its id."""
+        from vllm import SamplingParams
+
+        self.requests += 1
+        name = str(self.requests)
+        prompt = [self.random.randrange(3, self.vocab_size) for _ in range(prompt_tokens)]
+        sampling = SamplingParams(temperature=0, max_tokens=answer_tokens, ignore_eos=True, detokenize=False)
+        self.engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
+        return name
+
+    def step(self) -> tuple[float, dict[str, int]]:
+        """Seconds of one step, and how many tokens each request has been answered by now."""
+        start = time.perf_counter()
+        outputs = self.engine.step()
+        return time.perf_counter() - start, {each.request_id: len(each.outputs[0].token_ids) for each in outputs}
+
+    def run(self) -> float:
+        """Seconds until nothing is left to do."""
+        taken = 0.0
+        while self.engine.has_unfinished_requests():
+            taken += self.step()[0]
+        return taken
+
+    def generating(self, streams: int, context: int, answer_tokens: int) -> None:
+        """Prefill that many requests, until each has had some steps of its own."""
+        names = {self.add(context, answer_tokens + SETTLING_STEPS) for _ in range(streams)}
+        while names:
+            names -= self.step()[1].keys()
+        for _ in range(SETTLING_STEPS - 2):
+            self.step()
+
+    def time(self, work: Work, repeats: int) -> list[float]:
+        """Seconds of a step of the work, or of a whole prompt, several times."""
+        if work.kind == "prefill":
+            taken = []
+            for _ in range(repeats):
+                self.add(work.prompt, 1)
+                taken.append(self.run())
+            return taken
+        if work.kind == "decode":
+            # The first ones to be prefilled go on while the others are, and still must not end before the last step.
+            self.generating(work.streams, work.context, DECODE_STEPS + work.streams)
+            taken = [self.step()[0] for _ in range(DECODE_STEPS)]
+            self.run()
+            return taken
+        self.generating(work.streams, work.context, 8 * repeats + work.streams)
+        taken = []
+        for _ in range(repeats):
+            name, spent = self.add(work.prompt, 1), 0.0
+            while True:
+                seconds, answered = self.step()
+                spent += seconds
+                if name in answered:
+                    break
+            taken.append(spent)
+        self.run()
+        return taken
+
+
+def make_engine(model: str, vllm_args: Sequence[str], overrides: dict[str, Any]) -> Any:
+    """An engine in this process, from the options of `vllm serve`."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    args = EngineArgs.from_cli_args(parser.parse_args(["--model", model, *vllm_args]))
+    if overrides:
+        args.hf_overrides = {**(args.hf_overrides or {}), **overrides}
+    return LLMEngine.from_engine_args(args, usage_context=UsageContext.OPENAI_API_SERVER)
+
+
+def main() -> None:
+    """Do what the JSON on stdin asks, and write what was measured to the file it names."""
+    asked = json.load(sys.stdin)
+    out = Path(asked["out"])
+    engine = make_engine(asked["model"], asked["vllm_args"], asked["overrides"])
+    cache = engine.vllm_config.cache_config
+    config = engine.vllm_config.model_config
+    first: dict[str, Any] = {
+        "ready": time.time(),
+        "kv_capacity_tokens": cache.kv_cache_size_tokens,
+        "max_model_len": config.max_model_len,
+        "element_bytes": config.dtype.itemsize,
+        "threads": len(os.sched_getaffinity(0)),
+    }
+    with out.open("a", buffering=1) as lines:
+        lines.write(json.dumps(first) + "\n")
+        bench = Bench(engine, asked["seed"])
+        bench.add(64, 4)
+        bench.run()
+        for text in asked["work"]:
+            work = Work.parse(text)
+            bench.time(Work(work.kind, min(work.prompt, 64), work.streams, min(work.context, 32)), 1)  # warm-up
+            lines.write(json.dumps({"work": text, "seconds": bench.time(work, asked["repeats"])}) + "\n")
+    engine.engine_core.shutdown()
+
+
+if __name__ == "__main__":
+    main()
