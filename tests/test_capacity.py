@@ -8,7 +8,7 @@ from serving.plan import described
 from tests.engines import engine
 from tests.fitted import write_random
 
-SETTINGS = {"kv_cache_memory_bytes": 2**26, "max_model_len": 512, "max_num_batched_tokens": 512}
+SETTINGS = {"kv_cache_memory_bytes": 2**26, "max_model_len": 512, "max_num_batched_tokens": 128}
 PLANS = {
     "windows": dict.fromkeys([3, 4, 5], LayerPlan("window", 128)),
     "few windows": dict.fromkeys([1, 5], LayerPlan("window", 64)),

@@ -24,6 +24,7 @@ TOOL = {
     "function": {
         "name": "weather",
         "description": "The weather in a city.",
+        "strict": True,
         "parameters": {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]},
     },
 }
@@ -118,7 +119,7 @@ def test_structured_output(client):
 
 def test_a_tool_that_must_be_called(client):
     choice = {"type": "function", "function": {"name": "weather"}}
-    asked = ASKED | {"max_tokens": 40}
+    asked = ASKED | {"max_tokens": 100}
     answer = client.chat.completions.create(**asked, tools=[TOOL], tool_choice=choice)
     (call,) = answer.choices[0].message.tool_calls
     assert call.function.name == "weather"

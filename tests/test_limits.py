@@ -110,6 +110,7 @@ def server(smollm2, tmp_path_factory):
     options = {
         "--served-model-name": "SmolLM2",
         "--max-model-len": 512,
+        "--dtype": "float32",  # so that what runs beside it changes no answer
         "--api-key-file": folder / "keys",
         "--metrics-port": metrics_port,
         "--max-body-bytes": 20_000,
