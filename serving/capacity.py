@@ -4,6 +4,7 @@ Both follow from vLLM's own arithmetic over the layers' cache specifications: wh
 group of layers, and what a request takes by all groups, windows included.
 """
 
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from vllm.utils.math_utils import cdiv
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec, UniformTypeKVCacheSpecs
+from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from model_executors.attention_plan import AttentionPlan, LayerPlan
 
@@ -48,7 +50,7 @@ def _block_and_request(vllm_config: VllmConfig, plan: AttentionPlan) -> tuple[in
         f"model.layers.{layer}.self_attn.attn": _spec(vllm_config, layer, plan.layers[layer])
         for layer in plan.attending
     }
-    groups = get_kv_cache_groups(vllm_config, specs)
+    groups = get_kv_cache_groups(_with_layout(vllm_config), specs)
     sizes = []
     for group in groups:
         whole = isinstance(group.kv_cache_spec, UniformTypeKVCacheSpecs)  # whose page is that of all its layers
@@ -58,6 +60,18 @@ def _block_and_request(vllm_config: VllmConfig, plan: AttentionPlan) -> tuple[in
         for group in groups
     )
     return max(sizes), request
+
+
+def _with_layout(vllm_config: VllmConfig) -> VllmConfig:
+    """With a layout of the cache: the engine settles it in its own process, and pages of one size are grouped alike in
+    all of them.
+    """
+    if vllm_config.cache_config.kv_cache_layout is not None:
+        return vllm_config
+    settled = copy(vllm_config)
+    settled.cache_config = copy(vllm_config.cache_config)
+    settled.cache_config.kv_cache_layout = KVCacheLayout.LBNHC.name
+    return settled
 
 
 def _spec(vllm_config: VllmConfig, layer: int, plan: LayerPlan) -> KVCacheSpec:

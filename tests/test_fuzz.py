@@ -4,7 +4,7 @@ import os
 
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, given, settings
 
 from tests.servers import served
 
@@ -40,8 +40,6 @@ def test_no_route_breaks_and_no_neighbour_is_harmed(server):
         strategy = operation.as_strategy(generation_mode=schemathesis.GenerationMode.POSITIVE) | operation.as_strategy(
             generation_mode=schemathesis.GenerationMode.NEGATIVE
         )
-        from hypothesis import given
-
         @settings(
             max_examples=EXAMPLES,
             deadline=None,
@@ -51,11 +49,11 @@ def test_no_route_breaks_and_no_neighbour_is_harmed(server):
             database=None,
         )
         @given(case=strategy)
-        def ask(case, operation=operation):
+        def ask(case):
             answer = case.call(timeout=60)
             counts[answer.status_code] = counts.get(answer.status_code, 0) + 1
-            if answer.status_code >= 500 and operation.path not in DOCUMENTED.get(answer.status_code, set()):
-                broken.append((operation.label, answer.status_code, answer.text[:200], str(case.body)[:500]))
+            if answer.status_code >= 500 and case.operation.path not in DOCUMENTED.get(answer.status_code, set()):
+                broken.append((case.operation.label, answer.status_code, answer.text[:200], str(case.body)[:500]))
 
         ask()
         assert server.process.poll() is None, f"{operation.label} ended the server"

@@ -32,6 +32,7 @@ def measured(url, folder, model, *options):
     return code, answers, [sent.get(answer.id) for answer in answers]
 
 
+@pytest.mark.slow  # as it wants a machine without other work
 @pytest.mark.parametrize("model", ["constant", "jittered", "bursts", "stalls"])
 def test_times_are_the_servers_within_two_milliseconds(url, tmp_path, model):
     """By the median, since other work of the machine delays a few; the server says when it really sent."""

@@ -75,6 +75,8 @@ def serve(
     if problem := vllm_problem():
         raise UsageError(problem)
     allow_plugin()
+    if several_processes(vllm_args) or head_plan(checkpoint, head, agreement).kind != "stock":
+        counts = share_metrics()  # noqa: F841 - the folder goes when this does
 
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.logger import configure_logging_from_args
@@ -99,9 +101,6 @@ def serve(
         args.host = args.host or DEFAULT_HOST  # vLLM would listen on every interface
     args.api_key = keys or None
     apply(endpoint, args)
-    several = max(args.api_server_count or 1, args.data_parallel_size) > 1
-    if several or head_plan(checkpoint, head, agreement).kind != "stock":
-        counts = share_metrics()  # noqa: F841 - the folder goes when this does
     if endpoint.metrics_port is not None:
         serve_metrics(args.host or DEFAULT_HOST, endpoint.metrics_port)
     try:
@@ -180,6 +179,15 @@ def apply(endpoint: Endpoint, args: argparse.Namespace) -> None:
         os.environ.setdefault("VLLM_MAX_N_SEQUENCES", str(settings.max_n))
     if args.shutdown_timeout == 0:
         args.shutdown_timeout = int(settings.drain_seconds)
+
+
+def several_processes(vllm_args: Sequence[str]) -> bool:
+    """Whether vLLM will start several API servers: it takes one for each data-parallel engine by itself."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--api-server-count", "-asc", type=int, default=1)
+    parser.add_argument("--data-parallel-size", "-dp", type=int, default=1)
+    args = parser.parse_known_args(vllm_args)[0]
+    return bool(max(args.api_server_count, args.data_parallel_size) > 1)
 
 
 def share_metrics() -> tempfile.TemporaryDirectory[str] | None:
