@@ -40,6 +40,7 @@ def test_no_route_breaks_and_no_neighbour_is_harmed(server):
         strategy = operation.as_strategy(generation_mode=schemathesis.GenerationMode.POSITIVE) | operation.as_strategy(
             generation_mode=schemathesis.GenerationMode.NEGATIVE
         )
+
         @settings(
             max_examples=EXAMPLES,
             deadline=None,
