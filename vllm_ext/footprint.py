@@ -30,10 +30,10 @@ def count_parameters(hf_config: Any, family: Family, plan: AttentionPlan) -> Par
             dropped += parameter.numel()
         else:
             held += parameter.numel()
-    return Parameters(held, dropped, _fitted(hf_config.hidden_size, plan))
+    return Parameters(held, dropped, fitted_parameters(hf_config.hidden_size, plan))
 
 
-def _fitted(hidden_size: int, plan: AttentionPlan) -> int:
+def fitted_parameters(hidden_size: int, plan: AttentionPlan) -> int:
     """Parameters of the consolidations; a window's two constants are too few to count."""
     count = 0
     for layer in plan.layers:
@@ -64,7 +64,7 @@ def kv_bytes(plan: AttentionPlan, num_kv_heads: int, head_size: int, element_byt
 
 def saved_kv(hf_config: Any, plan: AttentionPlan, context: int) -> float:
     """The part of the KV-cache bytes of a request of `context` tokens that the plan saves, from 0 to 1."""
-    kv_heads, head_size = _kv_shape(hf_config)
+    kv_heads, head_size = kv_shape(hf_config)
     ours = kv_bytes(plan, kv_heads, head_size, 1)
     stock = kv_bytes(AttentionPlan.of(len(plan.layers)), kv_heads, head_size, 1)
     window = sum(min(each.window, context) for each in plan.layers if each.window is not None)
@@ -81,7 +81,7 @@ def prefill_flops(hf_config: Any, family: Family, plan: AttentionPlan, tokens: i
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config)
-    heads, (kv_heads, head_size) = hf_config.num_attention_heads, _kv_shape(hf_config)
+    heads, (kv_heads, head_size) = hf_config.num_attention_heads, kv_shape(hf_config)
     hidden_size = hf_config.hidden_size
     flops = 0
     for number, (layer, each) in enumerate(zip(model.model.layers, plan.layers, strict=True)):
@@ -90,9 +90,9 @@ def prefill_flops(hf_config: Any, family: Family, plan: AttentionPlan, tokens: i
                 flops += 2 * tokens * hidden_size * 2 * kv_heads * head_size
             continue
         attention = sum(weight.numel() for weight in getattr(layer, family.attention).parameters())
-        flops += 2 * tokens * (sum(map(_active(hf_config), layer.named_parameters())) - attention)
+        flops += 2 * tokens * (sum(map(active_weights(hf_config), layer.named_parameters())) - attention)
         if each.kind == "skip":
-            flops += 2 * tokens * _fitted(hidden_size, AttentionPlan.of(2, {1: each}))
+            flops += 2 * tokens * fitted_parameters(hidden_size, AttentionPlan.of(2, {1: each}))
             continue
         window = min(each.window or tokens, tokens)
         looks = window * (window + 1) // 2 + (tokens - window) * window  # pairs of a query and a key
@@ -100,7 +100,7 @@ def prefill_flops(hf_config: Any, family: Family, plan: AttentionPlan, tokens: i
     return flops
 
 
-def _active(hf_config: Any) -> Any:
+def active_weights(hf_config: Any) -> Any:
     """How many of a named parameter's weights a token meets."""
     chosen = [getattr(hf_config, name, None) for name in ("num_experts_per_tok", "moe_k", "moe_topk")]
     experts = [
@@ -111,7 +111,7 @@ def _active(hf_config: Any) -> Any:
     return lambda named: int(named[1].numel() * (part if ".experts." in f".{named[0]}" else 1))
 
 
-def _kv_shape(hf_config: Any) -> tuple[int, int]:
+def kv_shape(hf_config: Any) -> tuple[int, int]:
     """K and V heads, and the size of each."""
     heads = hf_config.num_attention_heads
     head_size = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads

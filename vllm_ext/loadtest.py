@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from vllm_ext.errors import UsageError
+from vllm_ext.options import errors
 
 if TYPE_CHECKING:
     from loadtests.answer import Objective
     from loadtests.run import Settings
 
 app = typer.Typer(no_args_is_help=True, help="Load tests: what serves more within the same latency promise?")
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
 MAX_URL_SECONDS = 10
 
 Ttft = Annotated[float, typer.Option(help="The promise: seconds to the first token, for 95% of requests.")]

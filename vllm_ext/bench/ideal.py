@@ -24,7 +24,7 @@ from model_executors.families import Family
 from model_executors.head_plan import HeadPlan
 from vllm_ext.bench.work import Step
 from vllm_ext.fit import own_window
-from vllm_ext.footprint import _active, _fitted, _kv_shape
+from vllm_ext.footprint import active_weights, fitted_parameters, kv_shape
 
 SCREENED_ROWS = 4
 """The screened head answers batches of so many rows, and leaves larger ones to the stock head."""
@@ -85,9 +85,9 @@ class Shape:
 
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(hf_config)
-        kv_heads, head_size = _kv_shape(hf_config)
+        kv_heads, head_size = kv_shape(hf_config)
         layers = []
-        active = _active(hf_config)
+        active = active_weights(hf_config)
         for layer in model.model.layers:
             matrices = [(name, weight) for name, weight in layer.named_parameters() if weight.dim() > 1]
             own = f"{family.attention}."
@@ -129,7 +129,7 @@ def parts(shape: Shape, plan: AttentionPlan, head: HeadPlan, steps: Sequence[Ste
     for number, (layer, each) in enumerate(zip(shape.layers, plan.layers, strict=True)):
         rows = going_on if number >= plan.first_partial else every
         if each.kind == "skip":
-            product("consolidation", rows, _fitted(shape.hidden_size, AttentionPlan.of(2, {1: each})))
+            product("consolidation", rows, fitted_parameters(shape.hidden_size, AttentionPlan.of(2, {1: each})))
         else:
             product("attention", rows, layer.attention - layer.key_value)
             product("key and value", every, layer.key_value)

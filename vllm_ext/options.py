@@ -1,0 +1,27 @@
+"""Options that several commands share, and where they write what is no result."""
+
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+VLLM_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}
+Model = Annotated[str, typer.Argument(help="A checkpoint's folder, or a hub name where there is a hub.")]
+Skip = Annotated[
+    str | None, typer.Option(help="Layers to go without attention and KV cache: 25-29, or 3,7,25-29, or none.")
+]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(help="A file with a task of your own: SQuAD, CNN/DailyMail, or JSON lines with prompt and answer."),
+]
+Freeze = Annotated[str | None, typer.Option(help="Layers that prompt tokens end below: 20-29.")]
+Head = Annotated[
+    Literal["stock", "char", "screened"] | None,
+    typer.Option(help="What makes logits: the stock head, the checkpoint's character heads, or a screened stock head."),
+]
+Agreement = Annotated[
+    float | None,
+    typer.Option(help="With character heads: how often the top token is to be the stock head's, as 0.98."),
+]
