@@ -1,5 +1,6 @@
 """The real model over HTTP, and what a mistake gets: one line, exit code 2."""
 
+import re
 import shutil
 import socket
 import subprocess
@@ -86,15 +87,20 @@ def test_a_planned_checkpoint_is_served_with_nothing_else_said(smollm2, client, 
     assert skipped.endswith(" 3.0")
 
 
-def test_character_heads_count_their_rows(client):
+def test_character_heads_with_words_count_their_rows(client, tmp_path):
     """At an agreement of 0.98 some rows are spelled and some fall back, and /metrics tells which."""
     port = free_port()
+    words = tmp_path / "words.txt"
+    words.write_text(" Mississippi\n photosynthesis\n")
     options = ["--port", str(port), "--served-model-name", "SmolLM2", "--enforce-eager", "--max-model-len", "1024"]
-    command = [*COMMAND, "serve", str(fetch_spelled()), "--agreement", "0.98", *options]
+    command = [*COMMAND, "serve", str(fetch_spelled()), "--agreement", "0.98", "--words", str(words), *options]
     with running(command, port) as url:
+        pattern = QUESTION | {"structured_outputs": {"regex": r"\d{3}-\d{3}"}}
+        held = httpx.post(f"{url}/v1/chat/completions", json=pattern, timeout=120).json()["choices"][0]
         body = QUESTION | {"logprobs": True, "top_logprobs": 3, "max_tokens": 64, "ignore_eos": True}
         answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=120).json()["choices"][0]
         metrics = httpx.get(f"{url}/metrics").text
+    assert re.fullmatch(r"\d{3}-\d{3}", held["message"]["content"])
     assert len(answer["logprobs"]["content"]) == 64
     assert all(len(each["top_logprobs"]) == 3 for each in answer["logprobs"]["content"])
     rows = dict(line.rsplit(" ", 1) for line in metrics.splitlines() if line.startswith("vllm_ext_head_"))

@@ -161,3 +161,19 @@ def time_heads(
     chosen = rows or [1, 4, 32]
     medians = measure(heads_of(hidden_size, spellings, positions, width), hidden_size, chosen)
     print_measured(medians, chosen, f"heads of {vocab_size:,} tokens, {hidden_size:,} wide, bfloat16")
+
+
+@app.command("screened")
+def screened(
+    model: Model, tokens: Annotated[int, typer.Option(min=512, help="Tokens of held-out prose.")] = 16384
+) -> None:
+    """Measure how often the shortlist of --head screened misses a token that it should hold, for MODEL."""
+    from vllm_ext.checkpoint import Checkpoint
+    from vllm_ext.spell.screening import measure, print_missed
+
+    source = Checkpoint.open(model, weights=True)
+    if source.config["hidden_size"] % 32:
+        raise UsageError(
+            f"model {model}: hidden_size {source.config['hidden_size']} is no multiple of 32; choose another"
+        )
+    print_missed(*measure(source, tokens), source.called)
