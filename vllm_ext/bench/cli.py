@@ -1,7 +1,9 @@
 """`vllm-ext bench` and `vllm-ext bench-grow`."""
 
+import json
 import signal
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -64,7 +66,7 @@ def bench(
 
     args = context.args
     if shape is not None and model is not None and model.startswith("-"):
-        model, args = None, [model, *args]  # the first of vLLM's options lands where no MODEL is given
+        args, model = [model, *args], None  # the first of vLLM's options lands where no MODEL is given
     overlaid = not (skip is freeze is window is None)
     if (planned is not None and overlaid) or (planned is head is None and not overlaid):
         raise UsageError("bench needs either --planned, or some of --skip, --freeze and --head")
@@ -97,7 +99,10 @@ def bench_grow(
         list[int] | None, typer.Option(help="A point to measure, may be given several times; by default a few.")
     ] = None,
 ) -> None:
-    """Draw how cost grows with skipped layers, context, streams or vocabulary, beside the roofline's ideal."""
+    """Draw how cost grows with skipped layers, context, streams or vocabulary, beside the roofline's ideal.
+
+    Measured in one round each, so single points are noisy; the last line of the output is JSON.
+    """
     from vllm_ext.bench.command import Variant
     from vllm_ext.bench.grow import draw, sweep
     from vllm_ext.embedded import fetch, fetch_planned
@@ -112,3 +117,4 @@ def bench_grow(
     found = sweep(dimension, tuple(point or ()), model or str(fetch()), Variant(described, None, used), context.args)
     draw(found, out, ["vllm-ext", *sys.argv[1:]])
     print(out)
+    print(json.dumps(asdict(found)))
