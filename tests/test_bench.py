@@ -7,19 +7,19 @@ import sys
 
 import pytest
 
+from vllm_ext.bench.cli import app
 from vllm_ext.bench.report import Row, interval
 from vllm_ext.bench.shapes import SHAPES, write_shape
 from vllm_ext.bench.work import Step, Work
 from vllm_ext.errors import UsageError
 
-COMMAND = [sys.executable, "-m", "vllm_ext.cli", "bench"]
+COMMAND = [sys.executable, "-m", "vllm_ext.cli"]
 
 
-def run(*arguments):
+def run(*arguments, command="bench"):
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    return subprocess.run(
-        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=600, check=False, env=environment
-    )
+    given = [*COMMAND, command, *map(str, arguments)]
+    return subprocess.run(given, capture_output=True, text=True, timeout=600, check=False, env=environment)
 
 
 def test_work_as_it_is_typed():
@@ -29,6 +29,13 @@ def test_work_as_it_is_typed():
     for text in ("prefill:1024", "decode:8x128", "mixed:8x128+512"):
         assert str(Work.parse(text)) == text
     assert Work.parse("mixed:2x9+5").steps == [Step(5, 0, True), Step(1, 11, False), Step(1, 11, False)]
+
+
+def test_requests_outlast_the_steps_that_are_timed():
+    assert Work.parse("prefill:1024").longest(3) == 1025
+    assert Work.parse("decode:8x128").longest(3) == 128 + 4 + 8 + 32
+    assert Work.parse("mixed:8x128+64").longest(3) == 128 + 4 + 8 + 24
+    assert Work.parse("mixed:8x16+512").longest(3) == 513
 
 
 @pytest.mark.parametrize("text", ["prefill", "prefill:0", "decode:8", "decode:0x9", "mixed:8x9", "mixed:1x1+0"])
@@ -63,20 +70,23 @@ def test_shapes_are_configurations_of_known_families(tmp_path, name):
 
 def test_refuses_what_cannot_be_measured(tiny_models, tmp_path):
     llama = tiny_models("Llama")
+    done = run("--shape", "gpt", "--skip", "5", "--enforce-eager")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --shape gpt: no such shape; use one of llama-3.2-1b, ")
+    assert done.stdout == ""
     for arguments, told in (
         ((llama,), "bench needs either --planned, or some of --skip, --freeze and --head"),
         (("--skip", "5"), "bench needs either a MODEL or a --shape"),
-        (("--shape", "gpt", "--skip", "5"), "--shape gpt: no such shape; use one of llama-3.2-1b"),
         (("--shape", "qwen2.5-0.5b", "--skip", "99"), "layer 99 does not exist"),
         ((llama, "--window", "5:16"), "--window 5:16: it needs fitted tensors"),
+        ((llama, "--skip", "5", "--work", "prefill:512"), "grow to 513 tokens, and the model takes 512; choose less"),
         ((llama, "--skip", "5", "--work", "walk:3"), "--work walk:3: write it as prefill:1024"),
         ((llama, "--skip", "5", "--json", tmp_path / "no" / "file"), "no such folder"),
-        ((llama, "--planned", llama), "it has no attention plan"),
+        ((llama, "--planned", llama, "--work", "prefill:64"), "it has no attention plan"),
     ):
-        done = run(*arguments)
-        assert done.returncode == 2, done.stderr
-        assert told in " ".join(done.stderr.split())
-        assert done.stdout == ""
+        with pytest.raises(UsageError) as refused:
+            app(["bench", *map(str, arguments)])
+        assert told in str(refused.value)
 
 
 def test_measures_and_ends_with_json(tiny_models, tmp_path):

@@ -9,10 +9,14 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from vllm.config import set_current_vllm_config
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
+from model_executors.attention_plan import LayerPlan
 from model_executors.character_head import CharacterHead
+from model_executors.consolidation import Consolidation
 from model_executors.freeze import FrozenUpper, select_rows
 from model_executors.head_plan import HeadShape
+from model_executors.screened_head import Int4Copy, rescored
 from model_executors.window import WindowAttention
 from tests.engines import engine, runner
 from tests.fitted import write_random
@@ -73,6 +77,60 @@ def test_frozen_layers_mix_rows_by_an_index_of_fixed_length():
     assert FrozenUpper.forward.__code__.co_argcount == 5  # the index is given to it, made outside of the graph
 
 
+class TracedError(Exception):
+    """Raised once a graph is whole."""
+
+
+def ways(model):
+    """Both ways through frozen layers, with what each is given for `size` tokens."""
+
+    def given(size):
+        return torch.arange(size), states(size)
+
+    index = torch.tensor([0, 3])
+    return {
+        "upper": (model.freeze.upper.forward, given),
+        "frozen": (
+            model.freeze.frozen.forward,
+            lambda size: (*given(size), index, torch.tensor([[True], [False]])),
+        ),
+    }
+
+
+@pytest.mark.parametrize("way", ["upper", "frozen"])
+def test_frozen_layers_are_one_graph(model, way):
+    """TracedError under fake tensors, the kernels being vLLM's own operators, whose results' shapes torch is told."""
+    forward, given = ways(model)[way]
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        raise TracedError  # there is no KV cache to run it on
+
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="TracedError"):
+        torch.compile(forward, fullgraph=True, dynamic=True, backend=backend)(*given(9))
+    (graph,) = graphs
+    called = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+    layers = len(model.freeze.upper.parts[0])
+    assert sum("unified_attention_with_output" in name for name in called) == layers
+    assert sum("unified_kv_cache_update" in name for name in called) == layers
+
+
+@pytest.mark.parametrize(
+    "kind", [{"consolidation": "none"}, {"consolidation": "bias"}, {"consolidation": "linear", "rank": 8}]
+)
+def test_consolidations_are_one_graph(model, kind):
+    with torch.device("cpu"):
+        consolidation = Consolidation(HIDDEN, LayerPlan("skip", **kind), True, "made")
+    for parameter in consolidation.parameters():
+        parameter.data.normal_()
+    for module in consolidation.modules():
+        if isinstance(getattr(module, "quant_method", None), UnquantizedLinearMethod):
+            module.quant_method.process_weights_after_loading(module)
+    assert graphs_of(lambda given: consolidation(None, given), 3, 5, 9) == 1
+
+
 def test_which_rows_go_on_is_chosen_on_the_host():
     """Not traceable, and not traced: the builder does it from CPU tensors before a step, so no device is waited for."""
     with FakeTensorMode():
@@ -80,6 +138,12 @@ def test_which_rows_go_on_is_chosen_on_the_host():
         with pytest.raises(Exception, match=r"item|repeat_interleave|data-dependent|Dynamic|dynamic") as raised:
             select_rows(bounds, prefilling)
     assert isinstance(raised.value, DataDependentOutputException | RuntimeError)
+
+
+def test_the_screened_head_is_one_graph():
+    weight = torch.randn(320, HIDDEN)
+    copy = Int4Copy(weight)
+    assert graphs_of(lambda given: rescored(copy(given), given, weight, 16), 2, 3, 4) == 1
 
 
 def test_character_heads():

@@ -1,7 +1,9 @@
 """`vllm-ext bench` and `vllm-ext bench-grow`."""
 
+import json
 import signal
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -53,13 +55,18 @@ def bench(
 
     Every process is fresh and holds one engine. The ideal gain follows from the plan, the model's shape and the work
     by a roofline (see vllm_ext/bench/ideal.py); the share is the measured gain by the ideal one. The last line of the
-    output is JSON.
+    output is JSON. The default work takes five minutes for the embedded model and --enforce-eager, and twice that
+    compiled, on an idle machine; on a busy one times mean nothing. On a CPU the KV cache has 1 GiB unless
+    VLLM_CPU_KVCACHE_SPACE says otherwise.
     """
     from vllm_ext.bench.command import Settings, Variant
     from vllm_ext.bench.command import bench as run
     from vllm_ext.bench.work import DEFAULT, DEFAULT_LONG
     from vllm_ext.layers import layer_plans
 
+    args = context.args
+    if shape is not None and model is not None and model.startswith("-"):
+        args, model = [model, *args], None  # the first of vLLM's options lands where no MODEL is given
     overlaid = not (skip is freeze is window is None)
     if (planned is not None and overlaid) or (planned is head is None and not overlaid):
         raise UsageError("bench needs either --planned, or some of --skip, --freeze and --head")
@@ -76,7 +83,7 @@ def bench(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the engines it started end with it
     chosen = tuple(work or ()) or DEFAULT + (DEFAULT_LONG if long else ())
     settings = Settings(chosen, rounds, repeats, seed)
-    run(model, shape, Variant(described, changes, planned, head, agreement), settings, context.args, json_file)
+    run(model, shape, Variant(described, changes, planned, head, agreement), settings, args, json_file)
 
 
 @app.command("bench-grow", context_settings=VLLM_OPTIONS)
@@ -92,7 +99,10 @@ def bench_grow(
         list[int] | None, typer.Option(help="A point to measure, may be given several times; by default a few.")
     ] = None,
 ) -> None:
-    """Draw how cost grows with skipped layers, context, streams or vocabulary, beside the roofline's ideal."""
+    """Draw how cost grows with skipped layers, context, streams or vocabulary, beside the roofline's ideal.
+
+    Measured in one round each, so single points are noisy; the last line of the output is JSON.
+    """
     from vllm_ext.bench.command import Variant
     from vllm_ext.bench.grow import draw, sweep
     from vllm_ext.embedded import fetch, fetch_planned
@@ -107,3 +117,4 @@ def bench_grow(
     found = sweep(dimension, tuple(point or ()), model or str(fetch()), Variant(described, None, used), context.args)
     draw(found, out, ["vllm-ext", *sys.argv[1:]])
     print(out)
+    print(json.dumps(asdict(found)))

@@ -21,6 +21,8 @@ from vllm_ext.errors import UsageError
 from vllm_ext.serve import head_plan, prepare
 from vllm_ext.versions import vllm_problem
 
+BLOCK = 128
+"""Tokens of a block of the KV cache on a CPU."""
 DUMMY = ("--load-format", "dummy")
 UNTOKENIZED = ("--skip-tokenizer-init",)  # prompts are token ids
 
@@ -83,11 +85,10 @@ def pair(
         variant = Variant(variant.described, None, folder, variant.head, variant.agreement)
         args = [*args, *DUMMY]
     assert model is not None
-    if not any(each.startswith("--max-model-len") for each in args):
-        longest = max(Work.parse(text).longest for text in settings.work)
-        args = [*args, "--max-model-len", str(-(-longest // 128) * 128)]
     args = [*args, *UNTOKENIZED]
     stock, _ = prepare(model, None, args)
+    if not any(each.startswith("--max-model-len") for each in args):
+        args = [*args, "--max-model-len", str(_max_model_len(stock, settings))]
     served = variant.folder or model
     opened, overrides = prepare(served, variant.changes, args, variant.head, variant.agreement)
     if variant.folder is not None and shape is None and opened.plan is None:
@@ -101,6 +102,20 @@ def pair(
         plan or AttentionPlan.of(stock.num_layers),
         heads,
     )
+
+
+def _max_model_len(stock: Checkpoint, settings: Settings) -> int:
+    """Enough for all work, in whole blocks of the KV cache where the model takes so many."""
+    largest, needed = "", 0
+    for text in settings.work:
+        if (tokens := Work.parse(text).longest(settings.repeats)) > needed:
+            largest, needed = text, tokens
+    taken = stock.config.get("max_position_embeddings") or needed + BLOCK
+    if needed > taken:
+        raise UsageError(
+            f"--work {largest}: its requests grow to {needed} tokens, and the model takes {taken}; choose less"
+        )
+    return min(taken, -(-needed // BLOCK) * BLOCK)
 
 
 def shape_of(stock: Checkpoint) -> Shape:

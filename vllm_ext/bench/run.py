@@ -96,7 +96,8 @@ def _measure(candidate: Candidate, work: Sequence[str], repeats: int, seed: int,
             "seed": seed,
             "out": str(out),
         }
-        environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        # By itself vLLM would take nearly all memory for the KV cache of a CPU, and time how that is found.
+        environment = {"VLLM_CPU_KVCACHE_SPACE": "1"} | os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
         began = time.time()
         with log.open("w") as written:
             command = [sys.executable, "-m", "vllm_ext.bench.worker"]

@@ -9,6 +9,10 @@ from vllm_ext.errors import UsageError
 
 DECODE_STEPS = 32
 """Steps that a decode is timed over."""
+MIXED_STEPS = 8
+"""Steps that a prompt among streams may take, chunk by chunk."""
+SETTLING_STEPS = 4
+"""Steps before any are timed."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +72,15 @@ class Work:
         grown = self.context + (DECODE_STEPS // 2 if self.kind == "decode" else 2)
         return [*prompt, *[Step(1, grown, prompt=False)] * self.streams]
 
-    @property
-    def longest(self) -> int:
+    def answer_tokens(self, repeats: int) -> int:
+        """Tokens that each stream generates. The first ones to be prefilled go on while the others are, and still must
+        not end before the last step that is timed.
+        """
+        return SETTLING_STEPS + self.streams + (DECODE_STEPS if self.kind == "decode" else MIXED_STEPS * repeats)
+
+    def longest(self, repeats: int) -> int:
         """Tokens of the longest request."""
-        return max(self.prompt + 1, self.context + DECODE_STEPS + 8)
+        return max(self.prompt + 1, self.context + self.answer_tokens(repeats) if self.streams else 0)
 
     @property
     def tokens(self) -> int:

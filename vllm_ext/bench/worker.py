@@ -14,9 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_ext.bench.work import DECODE_STEPS, Work
-
-SETTLING_STEPS = 4
+from vllm_ext.bench.work import DECODE_STEPS, SETTLING_STEPS, Work
 
 
 class Bench:
@@ -54,7 +52,7 @@ class Bench:
 
     def generating(self, streams: int, context: int, answer_tokens: int) -> None:
         """Prefill that many requests, until each has had some steps of its own."""
-        names = {self.add(context, answer_tokens + SETTLING_STEPS) for _ in range(streams)}
+        names = {self.add(context, answer_tokens) for _ in range(streams)}
         while names:
             names -= self.step()[1].keys()
         for _ in range(SETTLING_STEPS - 2):
@@ -68,13 +66,11 @@ class Bench:
                 self.add(work.prompt, 1)
                 taken.append(self.run())
             return taken
+        self.generating(work.streams, work.context, work.answer_tokens(repeats))
         if work.kind == "decode":
-            # The first ones to be prefilled go on while the others are, and still must not end before the last step.
-            self.generating(work.streams, work.context, DECODE_STEPS + work.streams)
             taken = [self.step()[0] for _ in range(DECODE_STEPS)]
             self.run()
             return taken
-        self.generating(work.streams, work.context, 8 * repeats + work.streams)
         taken = []
         for _ in range(repeats):
             name, spent = self.add(work.prompt, 1), 0.0
