@@ -14,7 +14,7 @@ from vllm_ext.bench import machine
 from vllm_ext.bench.ideal import Shape
 from vllm_ext.bench.report import Row, report, rows, show
 from vllm_ext.bench.run import Candidate, rounds
-from vllm_ext.bench.shapes import write_shape
+from vllm_ext.bench.shapes import write_shape, write_spelled_shape
 from vllm_ext.bench.work import Work
 from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.errors import UsageError
@@ -76,14 +76,18 @@ def pair(
     if (model is None) == (shape is None):
         raise UsageError("bench needs either a MODEL or a --shape; give one of them")
     if shape is not None:
-        model = str(write_shape(shape, scratch / "stock"))
         if variant.folder is not None:
             raise UsageError(f"--planned {variant.folder}: a --shape has no checkpoint; use --skip, --window, --freeze")
-        folder = model
-        if variant.changes is not None:
-            folder = str(write_shape(shape, scratch / "planned", variant.changes))
+        if variant.head == "char":
+            if variant.changes is not None:
+                raise UsageError("--shape with --head char: measure a plan's layers by themselves; drop the layers")
+            model, folder = map(str, write_spelled_shape(shape, scratch))
+        else:
+            model = folder = str(write_shape(shape, scratch / "stock"))
+            if variant.changes is not None:
+                folder = str(write_shape(shape, scratch / "planned", variant.changes))
+            args = [*args, *DUMMY]
         variant = Variant(variant.described, None, folder, variant.head, variant.agreement)
-        args = [*args, *DUMMY]
     assert model is not None
     args = [*args, *UNTOKENIZED]
     stock, _ = prepare(model, None, args)

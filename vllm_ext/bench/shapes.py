@@ -1,4 +1,7 @@
-"""Models that are timed without their weights: a configuration of that shape, and vLLM's `--load-format dummy`."""
+"""Models that are timed without their weights: a configuration of that shape, and vLLM's `--load-format dummy`.
+
+Character heads need spellings, which are no dummies: for them a checkpoint of that shape is written, of random weights.
+"""
 
 import json
 from collections.abc import Mapping
@@ -84,3 +87,35 @@ def write_shape(name: str, folder: Path, changes: Mapping[int, LayerPlan] | None
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return folder
+
+
+def write_spelled_shape(name: str, folder: Path) -> tuple[Path, Path]:
+    """Write a checkpoint of that shape, and one with character heads beside it, both of random weights.
+
+    Raises:
+        UsageError: for an unknown shape.
+
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from model_executors.character_head import slots_of
+    from model_executors.head_plan import HeadPlan, head_tensor_name
+    from vllm_ext.checkpoint import Checkpoint, Trained, write_planned
+    from vllm_ext.spell.conversion import Settings
+    from vllm_ext.spell.timing import random_spellings
+
+    settings = Settings()
+    stock, spelled = write_shape(name, folder / "stock"), folder / "spelled"
+    config = AutoConfig.from_pretrained(stock)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(stock)
+    spellings, slots = slots_of(random_spellings(config.vocab_size, settings.positions), settings.positions)
+    head = HeadPlan("char", slots=slots, width=settings.width)
+    tensors = {
+        head_tensor_name(each): spellings if each == "spellings" else torch.randn(size).bfloat16() / size[-1] ** 0.5
+        for each, size in head.shape(config.hidden_size, config.vocab_size).tensors.items()
+    }
+    source = Checkpoint.open(str(stock), weights=True)
+    write_planned(source, source.planned({}), spelled, None, Trained(head, tensors, {}, {"text": "random"}))
+    return stock, spelled
