@@ -14,7 +14,8 @@ from model_executors.attention_plan import LayerPlan
 from tests.reference import Reference
 from vllm_ext.checkpoint import Checkpoint, write_planned
 from vllm_ext.errors import UsageError
-from vllm_ext.quality import Candidate, Settings, measure, prepare_work
+from vllm_ext.quality.command import Candidate, measure
+from vllm_ext.quality.work import Settings, prepare_work
 
 COMMAND = [sys.executable, "-m", "vllm_ext.cli", "quality"]
 LENGTH = 128

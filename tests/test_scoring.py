@@ -6,7 +6,7 @@ from model_executors.attention_plan import LayerPlan
 from tests.engines import engine
 from tests.reference import Reference
 from tests.tiny import prompts
-from vllm_ext.scoring import ForceTokens, generate, score_answers, score_prompts
+from vllm_ext.quality.scoring import ForceTokens, generate, score_answers, score_prompts
 
 LENGTHS = (8, 129, 200)
 SETTINGS = {"logits_processors": [ForceTokens], "async_scheduling": False, "max_num_batched_tokens": 150}

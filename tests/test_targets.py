@@ -5,7 +5,8 @@ import pytest
 from model_executors.attention_plan import LayerPlan
 from vllm_ext.checkpoint import Checkpoint, write_planned
 from vllm_ext.fit import fit
-from vllm_ext.quality import Candidate, Settings, measure
+from vllm_ext.quality.command import Candidate, measure
+from vllm_ext.quality.work import Settings
 from vllm_ext.texts import prose
 
 PLANS = {

@@ -271,8 +271,9 @@ def quality(
 ) -> None:
     """Measure what plans cost, beside the stock MODEL: prose, capitals, sums; options of `vllm serve` go to all."""
     from vllm_ext.layers import layer_plans
-    from vllm_ext.quality import Candidate, Settings
-    from vllm_ext.quality import quality as run
+    from vllm_ext.quality.command import Candidate
+    from vllm_ext.quality.command import quality as run
+    from vllm_ext.quality.work import Settings
 
     candidates = [Candidate(Path(folder).name, folder) for folder in planned or []]
     for folder in planned or []:

@@ -1,0 +1,100 @@
+"""All figures of a model, beside the stock model's, and the table of them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from vllm_ext.figures import Figure, Scored, accuracy, agreement, perplexity
+from vllm_ext.quality.engine import Replies
+from vllm_ext.quality.work import SHOTS, Work
+
+STOCK = "stock"
+
+
+@dataclass(frozen=True)
+class Figures:
+    """All figures of one model; those of passages by their length."""
+
+    perplexity: dict[int, Figure]
+    """Of passages as prompts. Empty for a model with frozen layers, whose prompt tokens get no logits."""
+    agreement: dict[int, Figure]
+    """How often the top token is the stock model's, in the same places."""
+    answer_perplexity: dict[int, Figure]
+    """Of the ends of passages, scored as if they were generated."""
+    answer_agreement: dict[int, Figure]
+    capitals: Figure
+    """How many are right."""
+    sums: Figure
+
+
+def figures_of(
+    ours: Replies,
+    stock: Replies,
+    scores: dict[str, list[float]],
+    stock_scores: dict[str, list[float]],
+    seed: int,
+    is_stock: bool,
+) -> Figures:
+    """One model's figures, beside those of the stock model unless it is that."""
+
+    def perplexities(scored: dict[int, list[Scored]], theirs: dict[int, list[Scored]]) -> dict[int, Figure]:
+        return {
+            length: perplexity(passages, None if is_stock else theirs[length], seed)
+            for length, passages in scored.items()
+        }
+
+    def agreements(scored: dict[int, list[Scored]], theirs: dict[int, list[Scored]]) -> dict[int, Figure]:
+        return {} if is_stock else {n: agreement(passages, theirs[n], seed) for n, passages in scored.items()}
+
+    return Figures(
+        perplexity=perplexities(ours.prompts, stock.prompts),
+        agreement=agreements(ours.prompts, stock.prompts),
+        answer_perplexity=perplexities(ours.answers, stock.answers),
+        answer_agreement=agreements(ours.answers, stock.answers),
+        capitals=accuracy(scores["capitals"], None if is_stock else stock_scores["capitals"], seed),
+        sums=accuracy(scores["sums"], None if is_stock else stock_scores["sums"], seed),
+    )
+
+
+def show(report: Mapping[str, Any], figures: Mapping[str, Figures]) -> None:
+    """Print the table."""
+    settings = report["settings"]
+    table = Table(
+        title=f"{report['model']}, beside stock: × its figure, and the 95% interval over the items",
+        caption=f"{report['vllm']}; {report['machine']}; seed {settings['seed']}; {report['prose']}",
+    )
+    table.add_column("")
+    table.add_column("items", justify="right")
+    for name in figures:
+        table.add_column(name, justify="right")
+    rows = {name: _rows(each, settings["lengths"]) for name, each in figures.items()}
+    for title in rows[STOCK]:
+        of_all = [of_one[title] for of_one in rows.values()]
+        items = next((str(each.items) for each in of_all if each is not None), "-")
+        table.add_row(title, items, *map(_cell, of_all))
+    Console(highlight=False).print(table)
+
+
+def _rows(figures: Figures, lengths: Sequence[int]) -> dict[str, Figure | None]:
+    """The table's rows, by their titles."""
+    rows: dict[str, Figure | None] = {}
+    for length in lengths:
+        tokens = Work.answer_tokens(length)
+        answers = f"{tokens} tokens after {length - tokens}"
+        rows[f"perplexity, prompts of {length}"] = figures.perplexity.get(length)
+        rows[f"top token as stock's, prompts of {length}"] = figures.agreement.get(length)
+        rows[f"perplexity, {answers}"] = figures.answer_perplexity.get(length)
+        rows[f"top token as stock's, {answers}"] = figures.answer_agreement.get(length)
+    return rows | {f"capitals, {SHOTS} examples": figures.capitals, f"two-digit sums, {SHOTS} examples": figures.sums}
+
+
+def _cell(figure: Figure | None) -> str:
+    """`18.92  1.062× 1.055-1.070`, or `0.91  0.90-0.92` of a figure without a ratio."""
+    if figure is None:
+        return "-"
+    ratio = "" if figure.ratio is None else f"  {figure.ratio:.3f}×"
+    interval = "" if figure.interval is None else f"  {figure.interval[0]:.3f}-{figure.interval[1]:.3f}"
+    return f"{figure.value:.{3 if figure.value < 1 else 2}f}{ratio}{interval}"

@@ -1,0 +1,109 @@
+"""What every model is given: held-out passages, and questions after worked examples."""
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_ext import texts
+from vllm_ext.errors import UsageError
+
+ANSWER_TOKENS = 128
+SHOTS = 4
+# What stands between examples. In a row, the embedded model gets twice as many sums right as in lines.
+BETWEEN = {"capitals": "\n", "sums": ", "}
+MAX_TOKENS = {"capitals": 16, "sums": 8}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is measured.
+
+    Raises:
+        UsageError: for sizes with which nothing could be measured.
+
+    """
+
+    lengths: tuple[int, ...] = (512, 2048)
+    """Tokens of a passage."""
+    tokens: int = 32_768
+    """Held-out tokens for each length."""
+    items: int = 100
+    """Capitals, and sums."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for length in self.lengths:
+            if length < 8:
+                raise UsageError(f"--length {length}: too short to measure; take 8 tokens or more")
+            if self.tokens < length:
+                raise UsageError(f"--tokens {self.tokens}: less than one passage of {length}; raise it to {length}")
+            if self.lengths.count(length) > 1:
+                raise UsageError(f"--length {length}: named twice; name each length once")
+        if not 1 <= self.items <= 1_000:
+            raise UsageError(f"--items {self.items}: choose 1 to 1000")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every model is given, in token ids."""
+
+    passages: dict[int, list[list[int]]]
+    """Held-out prose by the length of its passages."""
+    prompts: dict[str, list[list[int]]]
+    """Prompts with worked examples, by task."""
+
+    @staticmethod
+    def answer_tokens(length: int) -> int:
+        """How many tokens at the end of a passage are scored as if they were generated."""
+        return min(ANSWER_TOKENS, length // 4)
+
+    @property
+    def max_model_len(self) -> int:
+        """The longest prompt with its answer, in tokens."""
+        prompts = (len(prompt) + MAX_TOKENS[task] for task, prompts in self.prompts.items() for prompt in prompts)
+        return max(*prompts, max(self.passages) + 1)
+
+    @property
+    def tokens(self) -> int:
+        """All tokens of all prompts."""
+        passages = sum(len(each) * (2 * n - self.answer_tokens(n)) for n, each in self.passages.items())
+        return passages + sum(len(prompt) for prompts in self.prompts.values() for prompt in prompts)
+
+
+def prepare_work(tokenizer: Any, settings: Settings) -> tuple[Work, dict[str, list[str]]]:
+    """The work in the model's tokens, and the right answers of each task.
+
+    Raises:
+        UsageError: where the texts are not installed, or too short.
+
+    """
+    start = tokenizer("").input_ids  # what the model wants before every text
+    documents = [tokenizer(text, add_special_tokens=False).input_ids for text in texts.prose("held_out")]
+    passages = {length: _passages(documents, start, length, settings) for length in settings.lengths}
+    questions = {
+        "capitals": [(texts.capital_question(country), capital) for country, capital in texts.capitals().items()],
+        "sums": [(f"{a} + {b} =", str(a + b)) for a, b in texts.sums(settings.seed, 2 * settings.items + SHOTS)],
+    }
+    chosen = random.Random(settings.seed)
+    prompts: dict[str, list[list[int]]] = {}
+    right: dict[str, list[str]] = {}
+    for task, known in questions.items():
+        asked = chosen.sample(known, min(settings.items, len(known)))
+        right[task] = [answer for _, answer in asked]
+        for question, _ in asked:
+            examples = chosen.sample([each for each in known if each[0] != question], SHOTS)
+            lines = [*(f"{each} {answer}" for each, answer in examples), question]
+            prompts.setdefault(task, []).append(tokenizer(BETWEEN[task].join(lines)).input_ids)
+    return Work(passages, prompts), right
+
+
+def _passages(documents: list[list[int]], start: list[int], length: int, settings: Settings) -> list[list[int]]:
+    """Passages from anywhere in the documents that do not overlap."""
+    step = length - len(start)
+    all_passages = [
+        start + document[at : at + step] for document in documents for at in range(0, len(document) - step + 1, step)
+    ]
+    if not all_passages:
+        raise UsageError(f"--length {length}: no held-out text is so long; choose a shorter one")
+    wanted = settings.tokens // length
+    return random.Random(settings.seed).sample(all_passages, min(wanted, len(all_passages)))
