@@ -155,7 +155,7 @@ class Comparison:
                 self.results.versions[f"server {side}"] = str(found)
             start = time.time()
             if self.plan.prometheus:
-                from_prometheus(self.plan.prometheus, httpx.URL(url).netloc.decode(), start - 60, start)
+                self._scraped(url, start - 60, start)  # so that what it does not scrape is found out now
             with contextlib.nullcontext() if self.plan.prometheus else Scraper(url) as scraper:
                 # The runs read these while they are collected.
                 self.results.samples[side], before = (
@@ -165,8 +165,12 @@ class Comparison:
                 yield url
             after = self.results.samples[side]
             if self.plan.prometheus:
-                after = from_prometheus(self.plan.prometheus, httpx.URL(url).netloc.decode(), start, time.time())
+                after = self._scraped(url, start, time.time())
             self.results.samples[side] = before + after
+
+    def _scraped(self, url: str, start: float, end: float) -> list[Sample]:
+        """What Prometheus has of that server."""
+        return from_prometheus(self.plan.prometheus, httpx.URL(url).netloc.decode(), start, end)
 
     def _turn(self, url: str, side: str, profile: str, turn: int, step: Callable[[str], None]) -> None:
         """One side's round of one profile: its latencies at the common rate, and its saturation rate."""
@@ -188,7 +192,10 @@ class Comparison:
                 self.token_seconds[side, profile] = done.figures.tpot[0]
             if kind == "level":
                 self.level_answers.setdefault((profile, side), []).extend(done.measured)
-            return self._point(done, side, profile, turn, kind).held
+            samples = self.results.samples[side]
+            if self.plan.prometheus:
+                samples = self._scraped(url, done.start, done.start + done.figures.seconds)
+            return self._point(done, samples, side, profile, turn, kind).held
 
         def at_level() -> None:
             nonlocal held, failed
@@ -226,14 +233,20 @@ class Comparison:
         return self.plan.start or served, FIRST_FACTOR
 
     def _point(
-        self, measured: Run, side: str, profile: str, turn: int, kind: Literal["search", "level"] = "search"
+        self,
+        measured: Run,
+        samples: Sequence[Sample],
+        side: str,
+        profile: str,
+        turn: int,
+        kind: Literal["search", "level"],
     ) -> Point:
         figures = measured.figures
         held = figures.good >= self.plan.objective.goodput and not figures.given_up and figures.steady
         end = measured.start + figures.seconds
         usage = [
             sample["kv_cache_usage"]
-            for sample in self.results.samples[side]
+            for sample in samples
             if "kv_cache_usage" in sample and measured.start <= sample["time"] < end
         ]
         point = Point(side, profile, turn, kind, figures, held, float(np.mean(usage)) if usage else math.nan)

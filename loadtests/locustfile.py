@@ -160,18 +160,16 @@ class OpenLoop:
         self.room = BoundedSemaphore(options.max_in_flight)
         self.waiting: dict[int, tuple[float, list[Chunk]]] = {}
         """The measured requests that are under way: when they were to be sent, and what came."""
-        self.bad, self.hopeless = 0, False
+        self.start, self.bad, self.hopeless = 0.0, 0, False
 
     def requests(self) -> Iterator[tuple[float, Request]]:
         """The share of this process: arrival in seconds, and the request, made before it is due."""
         options, workload = self.session.options, self.session.workload
-        for request in itertools.islice(
-            workload.under_way(options.under_way), self.session.worker, None, self.session.workers
-        ):
+        share = slice(self.session.worker, None, self.session.workers)
+        for request in list(workload.under_way(options.under_way))[share]:
             yield -math.inf, request
         if options.arrival == "trace":
-            pairs = replay(read_trace(Path(options.trace)), workload)
-            yield from itertools.islice(pairs, self.session.worker, None, self.session.workers)
+            yield from list(replay(read_trace(Path(options.trace)), workload))[share]
             return
         arrivals = schedule(options.arrival, options.rate, options.seed, options.burst)
         for number, arrival in enumerate(arrivals):
@@ -181,9 +179,10 @@ class OpenLoop:
     def run(self) -> None:
         """Send until all measured requests are answered, or the objective is out of reach."""
         is_trace = self.session.options.arrival == "trace"
-        start, sending = now(), gevent.pool.Group()
+        self.start, sending = now(), gevent.pool.Group()
         for number, (arrival, request) in enumerate(self.requests()):
-            due, measured = start + max(arrival, 0), is_trace or self.warmup <= arrival < self.until
+            due = self.start + max(arrival, 0)
+            measured = arrival >= 0 and (is_trace or self.warmup <= arrival < self.until)
             while not (over := self._over(arrival)) and (left := due - now()) > 0:
                 gevent.sleep(min(left, 0.05))
             if over:
@@ -224,7 +223,7 @@ class OpenLoop:
             return False
         if self.session.options.cut:
             grace = self.objective.ttft if self.objective else 0
-            over = arrival >= self.until + grace
+            over = now() >= self.start + self.until + grace
         else:
             over = arrival >= self.until and not self.waiting
         self.hopeless = not over and self._out_of_reach()
@@ -234,10 +233,10 @@ class OpenLoop:
         """Whether more are bad already than may be, of all that will be measured."""
         if self.objective is None:
             return False
-        options, late = self.session.options, now() - self.objective.ttft
-        overdue = sum(due < late and not chunks for due, chunks in self.waiting.values())
+        options, ttft = self.session.options, self.objective.ttft
+        late = sum((chunks[0][0] if chunks else now()) - due > ttft for due, chunks in self.waiting.values())
         allowed = (1 - self.objective.goodput) * options.rate * options.duration / self.session.workers
-        return self.bad + overdue > allowed + 1
+        return self.bad + late > allowed + 1
 
 
 class OpenAIUser(User):

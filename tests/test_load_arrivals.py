@@ -4,6 +4,7 @@ import heapq
 import itertools
 import json
 import sys
+import time
 
 import httpx
 import numpy as np
@@ -83,6 +84,19 @@ def test_over_saturation_is_given_up_early(url):
     found = run(url, settings, Objective(ttft=0.3, itl=0.5), 3 * CAPACITY, 0).figures
     assert found.given_up
     assert found.seconds < 10
+
+
+def test_a_run_begins_amidst_requests_and_is_cut_at_its_end(url):
+    """Two of four slots are held by answers in their middle; what is sent last has its time for a first token."""
+    settings = Settings(scale=0.05, arrival="constant", warmup=1, duration=3, cut=True)
+    start = time.time()
+    found = run(url, settings, Objective(ttft=0.5, itl=0.5), 5, 0, text_seed=1, under_way=2)
+    assert time.time() - start < 60
+    assert (found.figures.requests, found.figures.good, found.figures.errors) == (15, 1.0, {})
+    assert found.start - min(answer.intended for answer in found.answers) == pytest.approx(1, abs=0.1)
+    amidst = [answer for answer in found.answers if "--" in answer.id]
+    assert {answer.id for answer in amidst} == {"chat-1--1", "chat-1--2"}
+    assert max(answer.intended for answer in found.answers) == pytest.approx(found.start + 3.4, abs=0.05)
 
 
 def test_the_cap_on_requests_in_flight_is_an_error_that_says_so(url, tmp_path):

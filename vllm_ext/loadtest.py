@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Load tests: what serves more within the same latency promise?")
 MAX_URL_SECONDS = 10
+URL = ("http://", "https://")
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,8 @@ def compare(
         searched = asked.tolerance, asked.start, asked.seed
         plan = Plan(profiles, objective, settings, rounds, *searched, not in_turn, prometheus)
         requirements = [Requirement.parse(text, profiles) for text in require or []]
+        if prometheus and not all(each.startswith(URL) for each in (a, b)):
+            raise UsageError("--prometheus: it cannot scrape servers that are yet to start; give both sides as URLs")
         sides = dict(zip(SIDES, (_side(each, context.args) for each in (a, b)), strict=True))
         _make(out)
         errors.print(f"report: {out.resolve() / 'report.html'}, when done")
@@ -211,7 +214,7 @@ def _side(given: str, vllm_args: Sequence[str]) -> "Callable[[], AbstractContext
     """How to have that side's server there: found at its URL, or started."""
     import httpx
 
-    if given.startswith(("http://", "https://")):
+    if given.startswith(URL):
         url = given.rstrip("/")
         try:
             httpx.get(f"{url}/v1/models", timeout=MAX_URL_SECONDS, trust_env=False).raise_for_status()
