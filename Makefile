@@ -32,7 +32,7 @@ serve: $(READY)  ## Serve the embedded model with its plan, or with the layers o
 		--host $(HOST) --port $(PORT) $(ARGS)
 
 # 96 MiB of KV cache, so that memory binds, as it does on a GPU under load; the same bytes for both.
-COMPARED := --profile generate --scale 0.6 --ttft 2 --itl 0.2 --warmup 4 --duration 15 --tolerance 0.15 --start 0.5 \
+COMPARED := --profile generate --scale 0.6 --ttft 2 --itl 0.2 --warmup 8 --duration 24 --cut --tolerance 0.15 --start 0.5 \
 	--enforce-eager --max-model-len 1024 --max-num-batched-tokens 256 --kv-cache-memory-bytes 100663296
 compare: $(READY)  ## Load the embedded model and its default plan in turn, and report which serves more: a quarter of an hour
 	@stock=$$($(BIN)/vllm-ext model fetch) && planned=$$($(BIN)/vllm-ext model fetch --planned) && \

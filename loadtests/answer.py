@@ -14,6 +14,8 @@ import numpy as np
 
 GIVEN_UP = "given up"
 """The error of a request under way when a run ended early, because its objective was out of reach."""
+CUT = "cut off"
+"""The error of a request under way when a run ended with its measured seconds; what came of it counts."""
 _EPOCH = time.time() - time.perf_counter()
 
 
@@ -37,11 +39,16 @@ class Answer:
     """When each chunk with tokens arrived; a chunk may hold several tokens."""
     prompt_tokens: int = 0
     answer_tokens: int = 0
-    """Both as the server's usage has them."""
+    """Both as the server's usage has them; of a request cut off, the chunks that came."""
     size: int = 0
     """Bytes received."""
     error: str | None = None
     """Its kind: `HTTP 503`, `connect`, `timeout`, `dropped`, `error event`, `no usage`, `client at its cap`."""
+
+    @property
+    def sound(self) -> bool:
+        """Whether nothing went wrong with it, as far as it was seen."""
+        return self.error in (None, CUT)
 
     @property
     def ttft(self) -> float:
@@ -66,8 +73,8 @@ class Answer:
         return (self.times[-1] - self.times[0]) / (self.answer_tokens - 1)
 
     def good(self, objective: "Objective") -> bool:
-        """Whether it was answered within the objective."""
-        if self.error is not None or self.ttft > objective.ttft:
+        """Whether it was answered within the objective, as far as it was seen."""
+        if not self.sound or self.ttft > objective.ttft:
             return False
         return len(self.gaps) == 0 or float(np.quantile(self.gaps, objective.quantile)) <= objective.itl
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import httpx
 
-from loadtests.answer import Answer, now
+from loadtests.answer import CUT, Answer, now
 from loadtests.workloads import Request
 
 TIMEOUT = httpx.Timeout(30.0, read=600.0)
@@ -62,6 +62,12 @@ def ask(client: httpx.Client, request: Request, intended: float, chunks: list[Ch
         sum(len(chunk) for _, chunk in chunks),
         error,
     )
+
+
+def cut_off(request: Request, intended: float, chunks: list[Chunk], error: str = CUT) -> Answer:
+    """What came of a request that is not waited for any longer."""
+    times, _, _ = _read(chunks)
+    return Answer(request.profile, request.id, intended, intended, now(), times, answer_tokens=len(times), error=error)
 
 
 def events(chunks: list[Chunk]) -> Iterator[Chunk]:

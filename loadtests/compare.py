@@ -1,12 +1,17 @@
 """A and B under the same promise: how many more requests a second does B answer within it, and how fast at equal load?
 
-In every round each side's saturation rate is searched anew, and both are measured at the same rate, 80% of what A first
-served. Rounds alternate in who goes first, so drift hits both; only one side is under load at a time.
+In every round both sides are measured at the same rate, 80% of what A first served, and each side's saturation rate is
+searched anew, from near where it was before. All runs of a round have the same arrivals and lengths, so that both sides
+have the same luck, and texts of their own. Rounds alternate in who goes first, so drift hits both; only one side is
+under load at a time. A run begins with as many requests under way as Little's law asks for, by the time per token of
+the run before, so that long answers need no long warm-up.
 """
 
 import contextlib
+import itertools
 import math
 import platform
+import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,15 +26,16 @@ import numpy as np
 
 from loadtests.answer import Answer, Objective, read_answers
 from loadtests.metrics import Sample, Scraper, from_prometheus, scrape
-from loadtests.run import Run, Settings, locust, run
+from loadtests.run import Run, Settings, locust, options, run
 from loadtests.saturation import saturate
-from loadtests.statistics import CONFIDENCE, Figures, Ratio, ratio
+from loadtests.statistics import CONFIDENCE, Figures, Ratio, figures, ratio, waited
+from loadtests.workloads import Texts, Workload
 
 SIDES = ("A", "B")
 LEVEL = 0.8
 WARM_UP_USERS = 8
-LATER_ROUNDS = 0.9
-"""In later rounds the search starts at this part of the rate that held before."""
+FIRST_FACTOR = 1.6
+"""How fast the first search of a side goes up or down; later ones go by their tolerance."""
 Opened = Callable[[], AbstractContextManager[str]]
 """Makes a side's server be there, and gives its URL."""
 
@@ -100,10 +106,15 @@ class Comparison:
         self.results = Results(plan, described, versions)
         self.level: dict[str, float] = {}
         self.warm: set[tuple[str, str]] = set()
+        self.token_seconds: dict[tuple[str, str], float] = {}
+        self.texts = itertools.count(plan.seed)
+        self.dice = random.Random(plan.seed)
+        self.turns = 0
+        """How many sides' rounds are done."""
         self.level_answers: dict[tuple[str, str], list[Answer]] = {}
 
     def measure(self, step: Callable[[str], None], save: Callable[[Results], None]) -> Results:
-        """Go through all rounds; `step` is told of each side's turn, and `save` has the results after each round.
+        """Go through all rounds; `step` is told of each run, and `save` has the results after each round.
 
         Raises:
             ValueError: where a side cannot be asked, or no rate holds.
@@ -143,6 +154,8 @@ class Comparison:
                 found = httpx.get(f"{url}/version", timeout=10, trust_env=False).json()["version"]
                 self.results.versions[f"server {side}"] = str(found)
             start = time.time()
+            if self.plan.prometheus:
+                self._scraped(url, start - 60, start)  # so that what it does not scrape is found out now
             with contextlib.nullcontext() if self.plan.prometheus else Scraper(url) as scraper:
                 # The runs read these while they are collected.
                 self.results.samples[side], before = (
@@ -152,57 +165,88 @@ class Comparison:
                 yield url
             after = self.results.samples[side]
             if self.plan.prometheus:
-                after = from_prometheus(self.plan.prometheus, httpx.URL(url).netloc.decode(), start, time.time())
+                after = self._scraped(url, start, time.time())
             self.results.samples[side] = before + after
 
+    def _scraped(self, url: str, start: float, end: float) -> list[Sample]:
+        """What Prometheus has of that server."""
+        return from_prometheus(self.plan.prometheus, httpx.URL(url).netloc.decode(), start, end)
+
     def _turn(self, url: str, side: str, profile: str, turn: int, step: Callable[[str], None]) -> None:
-        """One side's round of one profile: its saturation rate, and its latencies at the common rate."""
+        """One side's round of one profile: its latencies at the common rate, and its saturation rate."""
         name = f"round {turn + 1}/{self.plan.rounds}, {profile}: {side}"
         settings = replace(self.plan.settings, workload=profile)
-        start = self._start(url, side, profile, settings, lambda: step(f"{name} warms up"))
-        seeds = iter(range(self.plan.seed + 1000 * (turn + 1), 2**31))
-        held: list[float] = []
-
-        def holds(rate: float) -> bool:
-            step(f"{name} at {rate:.3g} requests/s")
-            point = self._point(run(url, settings, self.plan.objective, rate, next(seeds)), side, profile, turn)
-            held.append(point.figures.tokens_per_second)
-            return point.held
-
-        first = not self.results.saturation.get(profile, {}).get(side)
-        factor = 1.6 if first else 1 + 1.5 * self.plan.tolerance
-        found = saturate(holds, start, self.plan.tolerance, factor)
-        self.results.saturation.setdefault(profile, {}).setdefault(side, []).append(found)
-        rate = self.level.setdefault(profile, LEVEL * found)
-        step(f"{name} at the common {rate:.3g} requests/s")
-        # All rounds' seeds differ, and both sides' are the same.
-        measured = run(url, settings, self.plan.objective, rate, self.plan.seed + 1000 * (turn + 1) + 999)
-        self._point(measured, side, profile, turn, "level")
-        self.level_answers.setdefault((profile, side), []).extend(measured.answers)
-
-    def _start(self, url: str, side: str, profile: str, settings: Settings, step: Callable[[], None]) -> float:
-        """The first rate to try; a side is asked in a closed loop before its first."""
-        before = self.results.saturation.get(profile, {})
         served = 0.0
         if (side, profile) not in self.warm:
-            step()
+            step(f"{name} warms up")
             self.warm.add((side, profile))
-            served = warm_up(url, settings, self.plan.seed + (500 if side == "A" else 501))
+            served, self.token_seconds[side, profile] = warm_up(url, settings, next(self.texts))
+        held, failed = 0.0, math.inf
+
+        def measured(rate: float, kind: Literal["search", "level"]) -> bool:
+            step(f"{name} at {rate:.3g} requests/s")
+            seed = self.plan.seed + 1000 * (turn + 1)
+            asked = settings, self.plan.objective, rate, seed, next(self.texts)
+            done = run(url, *asked, under_way(settings, rate, self.token_seconds[side, profile]))
+            if np.isfinite(done.figures.tpot[0]):
+                self.token_seconds[side, profile] = done.figures.tpot[0]
+            if kind == "level":
+                self.level_answers.setdefault((profile, side), []).extend(done.measured)
+            samples = self.results.samples[side]
+            if self.plan.prometheus:
+                samples = self._scraped(url, done.start, done.start + done.figures.seconds)
+            return self._point(done, samples, side, profile, turn, kind).held
+
+        def at_level() -> None:
+            nonlocal held, failed
+            rate = self.level[profile]
+            if measured(rate, "level"):
+                held = rate
+            else:
+                failed = rate
+
+        if profile in self.level:
+            at_level()
+        before = self.results.saturation.get(profile, {})
+        start, factor = self.start(before, side, served)
+        found = saturate(
+            lambda rate: measured(rate, "search"), start, self.plan.tolerance, factor, held=held, failed=failed
+        )
+        self.results.saturation.setdefault(profile, {}).setdefault(side, []).append(found)
+        if profile not in self.level:
+            self.level[profile] = LEVEL * found
+            at_level()
+        self.turns += 1
+
+    def start(self, before: dict[str, list[float]], side: str, served: float) -> tuple[float, float]:
+        """The first rate that a search tries, and the factor by which it goes on.
+
+        Where one is known, it is drawn from the step above: searches that all try the same rates would agree beyond
+        what they know.
+        """
+        factor = 1 + self.plan.tolerance
+        drawn = factor ** self.dice.random()
         if before.get(side):
-            return LATER_ROUNDS * before[side][-1]
+            return before[side][-1] * drawn, factor
         if before:
-            return next(iter(before.values()))[-1]
-        return self.plan.start or served
+            return next(iter(before.values()))[-1] * drawn, FIRST_FACTOR
+        return self.plan.start or served, FIRST_FACTOR
 
     def _point(
-        self, measured: Run, side: str, profile: str, turn: int, kind: Literal["search", "level"] = "search"
+        self,
+        measured: Run,
+        samples: Sequence[Sample],
+        side: str,
+        profile: str,
+        turn: int,
+        kind: Literal["search", "level"],
     ) -> Point:
         figures = measured.figures
         held = figures.good >= self.plan.objective.goodput and not figures.given_up and figures.steady
         end = measured.start + figures.seconds
         usage = [
             sample["kv_cache_usage"]
-            for sample in self.results.samples[side]
+            for sample in samples
             if "kv_cache_usage" in sample and measured.start <= sample["time"] < end
         ]
         point = Point(side, profile, turn, kind, figures, held, float(np.mean(usage)) if usage else math.nan)
@@ -212,29 +256,41 @@ class Comparison:
     def _distributions(self) -> None:
         grid = np.linspace(0, 1, 201)
         for (profile, side), answers in self.level_answers.items():
-            whole = [answer for answer in answers if answer.error is None]
             kinds = {
-                "ttft": np.array([answer.ttft for answer in whole]),
-                "itl": np.concatenate([np.array([]), *(answer.gaps for answer in whole)]),
+                "ttft": np.array([waited(answer) for answer in answers]),
+                "itl": np.concatenate([np.array([]), *(answer.gaps for answer in answers)]),
             }
             self.results.distributions.setdefault(profile, {})[side] = {
                 kind: np.quantile(values, grid).tolist() if len(values) else [] for kind, values in kinds.items()
             }
 
 
-def warm_up(url: str, settings: Settings, seed: int) -> float:
-    """Ask in a closed loop for as long as a run; returns requests answered a second, a first guess at saturation."""
+def mean_answer(settings: Settings) -> float:
+    """Tokens of an answer on average."""
+    return Workload(settings.workload, "", settings.api, scale=settings.scale, texts=Texts()).mean_answer
+
+
+def under_way(settings: Settings, rate: float, token_seconds: float) -> int:
+    """Requests in flight at that rate, by Little's law."""
+    return round(rate * mean_answer(settings) * token_seconds)
+
+
+def warm_up(url: str, settings: Settings, seed: int) -> tuple[float, float]:
+    """Ask in a closed loop for as long as a run; returns what it served, as a first guess at saturation.
+
+    In requests a second, counted by their tokens, since long answers do not end in that time; and seconds a token.
+    """
     seconds = settings.warmup + settings.duration
     with tempfile.TemporaryDirectory() as folder:
         records = Path(folder) / "records.jsonl"
         given = vars(settings) | {"arrival": "closed", "records": records, "seed": seed}
-        options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value != ""]
-        users = [f"--users={WARM_UP_USERS}", f"--spawn-rate={WARM_UP_USERS}", f"--run-time={math.ceil(seconds)}s"]
-        locust(url, [*options, *users], limit=seconds + 300)
-        answered = [answer for answer in read_answers([records]) if answer.error is None]
-    if not answered:
-        return 1 / seconds
-    return len(answered) / (max(answer.end for answer in answered) - min(answer.sent for answer in answered))
+        users = {"users": WARM_UP_USERS, "spawn_rate": WARM_UP_USERS, "run_time": f"{math.ceil(seconds)}s"}
+        locust(url, options(given | users), limit=seconds + 300)
+        answers = read_answers([records])
+    start = min((answer.sent for answer in answers), default=0.0)
+    found = figures(answers, Objective(math.inf, math.inf), start, start + seconds)
+    served = found.tokens_per_second / mean_answer(settings)
+    return max(served, 1 / seconds), found.tpot[0] if np.isfinite(found.tpot[0]) else 0.0
 
 
 def ratios(results: Results, profile: str) -> dict[str, Ratio]:
@@ -255,7 +311,9 @@ def ratios(results: Results, profile: str) -> dict[str, Ratio]:
     for name in ("ttft", "itl", "tpot", "latency"):
         for place, quantile in enumerate(("p50", "p95")):
             pair = [[getattr(point.figures, name)[place] for point in levels[side]] for side in SIDES]
-            rows[f"{name}_{quantile}_ratio"] = ratio(pair[0], pair[1], seed=plan.seed)
+            each = ratio(pair[0], pair[1], seed=plan.seed)
+            if each.rounds:
+                rows[f"{name}_{quantile}_ratio"] = each
     if all(point.kv_cache_usage > 0 for side in SIDES for point in levels[side]):
         pair = [[point.kv_cache_usage for point in levels[side]] for side in SIDES]
         rows["kv_cache_usage_ratio"] = ratio(pair[0], pair[1], seed=plan.seed)
@@ -273,8 +331,7 @@ def _best(results: Results, profile: str, side: str, turn: int) -> float:
     return next(
         point.figures.tokens_per_second
         for point in results.points
-        if (point.side, point.profile, point.round, point.kind) == (side, profile, turn, "search")
-        and point.figures.rate == rate
+        if (point.side, point.profile, point.round, point.figures.rate) == (side, profile, turn, rate)
     )
 
 

@@ -11,6 +11,7 @@ process. OPENAI_API_KEY, where set, is sent as the bearer token. All else is Loc
 from locust import User, events, task  # isort: skip  (first of all, since it patches the process)
 
 import itertools
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -26,9 +27,9 @@ from locust.env import Environment
 from locust.exception import StopUser
 from locust.runners import MasterRunner, WorkerRunner
 
-from loadtests.answer import GIVEN_UP, Answer, Objective, now, write_line
+from loadtests.answer import CUT, GIVEN_UP, Answer, Objective, now, write_line
 from loadtests.arrivals import KINDS, schedule
-from loadtests.client import Chunk, ask, open_client
+from loadtests.client import Chunk, ask, cut_off, open_client
 from loadtests.tokenizers import find_texts
 from loadtests.workloads import NAMES, Request, Workload, read_trace, replay
 
@@ -48,6 +49,7 @@ def _options(parser: LocustArgumentParser) -> None:
     add("--vocab-size", type=int, default=32000, help="Token ids are drawn below it.")
     add("--tokenizer", default="", help="A tokenizer's folder, where the server has no /tokenize.")
     add("--seed", type=int, default=0, help="For prompts, lengths and arrivals.")
+    add("--text-seed", type=int, help="For prompts' texts alone; by default as --seed.")
     add("--arrival", default="closed", choices=KINDS, help="Closed loop, or how an open loop sends.")
     add("--rate", type=float, default=1.0, help="Open loop: requests a second, over all processes.")
     add("--burst", type=int, default=8, help="Open loop: requests of a burst.")
@@ -55,6 +57,10 @@ def _options(parser: LocustArgumentParser) -> None:
     add("--warmup", type=float, default=0.0, help="Seconds of requests that --duration does not count.")
     add("--duration", type=float, default=60.0, help="Open loop: seconds of requests that are measured; after them it "
         "goes on until they are answered.")  # fmt: skip
+    add("--under-way", type=int, default=0, help="Open loop: requests that it starts amidst, caught in the middle of "
+        "their answers, so that what takes long is steady at once.")  # fmt: skip
+    add("--cut", action="store_true", help="Open loop: end with the measured seconds, and judge requests that are "
+        "under way by what came of them.")  # fmt: skip
     add("--max-in-flight", type=int, default=2000, help="Open loop: more requests at once fail, and say so.")
     add(
         "--objective-ttft", type=float, default=0.0, help="Open loop: seconds; stop once the objective is out of reach."
@@ -81,9 +87,8 @@ class Session:
             texts = find_texts(self.client, model, options.api, options.tokenizer)
             if not texts.exact:
                 print("note: no tokenizer; prompts' lengths are approximate, a word a token", file=sys.stderr)
-        self.workload = Workload(
-            options.workload, model, options.api, options.seed, options.scale, options.vocab_size, texts
-        )
+        asked = options.workload, model, options.api, options.seed, options.scale, options.vocab_size
+        self.workload = Workload(*asked, texts, options.text_seed)
         self.numbers = itertools.count(self.worker, self.workers)
         self.file = None
         if options.records:
@@ -98,9 +103,11 @@ class Session:
         return answer
 
     def record(self, answer: Answer, request: Request) -> None:
-        """Put it into Locust's rows and the records."""
+        """Put it into the records, and into Locust's rows unless it was cut off."""
         if self.file:
             self.file.write(write_line(answer))
+        if answer.error == CUT:
+            return
         name = f"{request.path} {request.profile}"
         rows: list[tuple[str, float, int]] = []
         if answer.times:
@@ -153,14 +160,16 @@ class OpenLoop:
         self.room = BoundedSemaphore(options.max_in_flight)
         self.waiting: dict[int, tuple[float, list[Chunk]]] = {}
         """The measured requests that are under way: when they were to be sent, and what came."""
-        self.bad = 0
+        self.start, self.bad, self.hopeless = 0.0, 0, False
 
     def requests(self) -> Iterator[tuple[float, Request]]:
         """The share of this process: arrival in seconds, and the request, made before it is due."""
         options, workload = self.session.options, self.session.workload
+        share = slice(self.session.worker, None, self.session.workers)
+        for request in list(workload.under_way(options.under_way))[share]:
+            yield -math.inf, request
         if options.arrival == "trace":
-            pairs = replay(read_trace(Path(options.trace)), workload)
-            yield from itertools.islice(pairs, self.session.worker, None, self.session.workers)
+            yield from list(replay(read_trace(Path(options.trace)), workload))[share]
             return
         arrivals = schedule(options.arrival, options.rate, options.seed, options.burst)
         for number, arrival in enumerate(arrivals):
@@ -170,9 +179,10 @@ class OpenLoop:
     def run(self) -> None:
         """Send until all measured requests are answered, or the objective is out of reach."""
         is_trace = self.session.options.arrival == "trace"
-        start, sending = now(), gevent.pool.Group()
+        self.start, sending = now(), gevent.pool.Group()
         for number, (arrival, request) in enumerate(self.requests()):
-            due, measured = start + arrival, is_trace or self.warmup <= arrival < self.until
+            due = self.start + max(arrival, 0)
+            measured = arrival >= 0 and (is_trace or self.warmup <= arrival < self.until)
             while not (over := self._over(arrival)) and (left := due - now()) > 0:
                 gevent.sleep(min(left, 0.05))
             if over:
@@ -197,8 +207,8 @@ class OpenLoop:
             if number in self.waiting and self.objective and not answer.good(self.objective):
                 self.bad += 1
         except gevent.GreenletExit:
-            if number in self.waiting:
-                self.session.record(Answer(request.profile, request.id, due, due, now(), error=GIVEN_UP), request)
+            why = GIVEN_UP if number in self.waiting and self.hopeless else CUT
+            self.session.record(cut_off(request, due, chunks, why), request)
         finally:
             self.waiting.pop(number, None)
             self.room.release()
@@ -206,20 +216,27 @@ class OpenLoop:
     def _over(self, arrival: float) -> bool:
         """Whether enough is known before the request of `arrival` is sent.
 
-        Load stays on until the last measured request is answered; what is sent for that is not measured.
+        Load stays on until the last measured request is answered, or has had its time for a first token where the
+        rest is cut; what is sent for that is not measured.
         """
         if self.session.options.arrival == "trace":
             return False
-        return (arrival >= self.until and not self.waiting) or self._hopeless()
+        if self.session.options.cut:
+            grace = self.objective.ttft if self.objective else 0
+            over = now() >= self.start + self.until + grace
+        else:
+            over = arrival >= self.until and not self.waiting
+        self.hopeless = not over and self._out_of_reach()
+        return over or self.hopeless
 
-    def _hopeless(self) -> bool:
+    def _out_of_reach(self) -> bool:
         """Whether more are bad already than may be, of all that will be measured."""
         if self.objective is None:
             return False
-        options, late = self.session.options, now() - self.objective.ttft
-        overdue = sum(due < late and not chunks for due, chunks in self.waiting.values())
+        options, ttft = self.session.options, self.objective.ttft
+        late = sum((chunks[0][0] if chunks else now()) - due > ttft for due, chunks in self.waiting.values())
         allowed = (1 - self.objective.goodput) * options.rate * options.duration / self.session.workers
-        return self.bad + overdue > allowed + 1
+        return self.bad + late > allowed + 1
 
 
 class OpenAIUser(User):
@@ -234,7 +251,12 @@ class OpenAIUser(User):
         if session.options.arrival != "closed":
             raise StopUser
         request = session.workload.request(next(session.numbers))
-        session.ask(request, now(), [])
+        intended, chunks = now(), list[Chunk]()
+        try:
+            session.ask(request, intended, chunks)
+        except gevent.GreenletExit:
+            session.record(cut_off(request, intended, chunks), request)
+            raise
 
 
 @events.test_start.add_listener

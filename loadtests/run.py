@@ -4,8 +4,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -31,6 +33,8 @@ class Settings:
     model: str = ""
     trace: str = ""
     burst: int = 8
+    cut: bool = False
+    """Whether a run ends with its measured seconds, or once all that was sent in them is answered."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +46,25 @@ class Run:
     start: float
     """Of the measured seconds, Unix time."""
 
+    @property
+    def measured(self) -> list[Answer]:
+        """The answers behind the figures' times."""
+        end = self.start + self.figures.seconds
+        return [answer for answer in self.answers if answer.sound and self.start <= answer.intended < end]
 
-def run(url: str, settings: Settings, objective: Objective, rate: float, seed: int) -> Run:
+
+def run(
+    url: str,
+    settings: Settings,
+    objective: Objective,
+    rate: float,
+    seed: int,
+    text_seed: int | None = None,
+    under_way: int = 0,
+) -> Run:
     """Ask `url` at `rate` requests a second until all measured requests are answered or the objective is out of reach.
+
+    `text_seed` varies the texts alone; `under_way` requests are there from the start, in the middle of their answers.
 
     Raises:
         ValueError: where Locust could not ask at all.
@@ -59,18 +79,24 @@ def run(url: str, settings: Settings, objective: Objective, rate: float, seed: i
             "objective-itl": objective.itl,
             "objective-goodput": objective.goodput,
         }
-        given = vars(wanted) | promise | {"rate": rate, "seed": seed, "records": records}
-        options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value != ""]
-        locust(url, [*options, "--users=1"], limit=10 * (wanted.warmup + wanted.duration) + 600)
+        given = vars(wanted) | promise | {"rate": rate, "seed": seed, "text_seed": text_seed, "under_way": under_way}
+        limit = 10 * (wanted.warmup + wanted.duration) + 600
+        locust(url, options(given | {"records": records, "users": 1}), limit)
         answers = read_answers([records])
     if not answers:
         raise ValueError(f"{url}: no request was sent in {wanted.duration:g} s at {rate:g} a second; ask for longer")
-    # Its first request is due with the first arrival; the schedule starts before.
     start = _started(answers, wanted, rate, seed) + wanted.warmup
     return Run(figures(answers, objective, start, start + wanted.duration, rate), answers, start)
 
 
-def locust(url: str, options: list[str], limit: float = 3600) -> int:
+def options(given: Mapping[str, Any]) -> list[str]:
+    """As Locust reads them; what is empty is left out."""
+    named = {name.replace("_", "-"): value for name, value in given.items()}
+    flags = {name: value for name, value in named.items() if value is not None and value is not False and value != ""}
+    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items()]
+
+
+def locust(url: str, given: list[str], limit: float = 3600) -> int:
     """Run this folder's Locust file without a web page; returns its exit code, 1 where requests failed.
 
     Raises:
@@ -80,7 +106,7 @@ def locust(url: str, options: list[str], limit: float = 3600) -> int:
     command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--host", url, "--headless", "--only-summary"]
     try:
         done = subprocess.run(
-            [*command, "--loglevel=WARNING", *options], capture_output=True, text=True, timeout=limit, check=False
+            [*command, "--loglevel=WARNING", *given], capture_output=True, text=True, timeout=limit, check=False
         )
     except subprocess.TimeoutExpired:
         raise ValueError(f"{url}: Locust did not end in {limit:g} s; ask for less at once") from None
@@ -106,10 +132,11 @@ def drain(url: str) -> None:
 
 
 def _started(answers: list[Answer], settings: Settings, rate: float, seed: int) -> float:
-    """When the schedule began."""
+    """When the schedule began: its first request, number 0, was due with the first arrival."""
     from loadtests.arrivals import schedule
     from loadtests.workloads import read_trace
 
+    first = next(answer for answer in answers if not answer.id.endswith("--0") and answer.id.endswith("-0"))
     if settings.arrival == "trace":
-        return answers[0].intended - read_trace(Path(settings.trace))[0].arrival
-    return answers[0].intended - next(schedule(settings.arrival, rate, seed, settings.burst))
+        return first.intended - read_trace(Path(settings.trace))[0].arrival
+    return first.intended - next(schedule(settings.arrival, rate, seed, settings.burst))

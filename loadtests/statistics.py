@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from loadtests.answer import GIVEN_UP, Answer, Objective
+from loadtests.answer import CUT, GIVEN_UP, Answer, Objective
 
 CONFIDENCE = 0.95
 RESAMPLES = 4_000
@@ -42,6 +42,7 @@ class Figures:
     itl: tuple[float, float]
     tpot: tuple[float, float]
     latency: tuple[float, float]
+    """Of whole answers; NaN where a run ended without waiting for them."""
     errors: dict[str, int]
     given_up: bool
     """Whether it was ended early, over-saturated."""
@@ -51,9 +52,11 @@ class Figures:
 def figures(answers: Sequence[Answer], objective: Objective, start: float, end: float, rate: float = 0) -> Figures:
     """Of those that were meant to be sent in `start` to `end`, Unix seconds; all others are warm-up and cool-down."""
     measured = [answer for answer in answers if start <= answer.intended < end]
-    whole = [answer for answer in measured if answer.error is None]
+    sound = [answer for answer in measured if answer.sound]
+    whole = [answer for answer in sound if answer.error is None]
     good = sum(answer.good(objective) for answer in measured)
     errors = Counter(answer.error for answer in measured if answer.error is not None)
+    cut = errors.pop(CUT, 0)
     given_up = GIVEN_UP in errors
     if given_up and measured:
         end = max(answer.intended for answer in measured) + 1e-3
@@ -71,14 +74,19 @@ def figures(answers: Sequence[Answer], objective: Objective, start: float, end: 
         tokens_in=sum(answer.prompt_tokens for answer in whole),
         tokens_out=sum(answer.answer_tokens for answer in whole),
         tokens_per_second=arrived / seconds,
-        ttft=_quantiles([answer.ttft for answer in whole]),
-        itl=_quantiles(np.concatenate([answer.gaps for answer in whole]) if whole else []),
-        tpot=_quantiles([answer.tpot for answer in whole if answer.tpot is not None]),
-        latency=_quantiles([answer.latency for answer in whole]),
+        ttft=_quantiles([waited(answer) for answer in sound]),
+        itl=_quantiles(np.concatenate([answer.gaps for answer in sound]) if sound else []),
+        tpot=_quantiles([answer.tpot for answer in sound if answer.tpot is not None]),
+        latency=_quantiles([] if cut else [answer.latency for answer in whole]),
         errors=dict(errors),
         given_up=given_up,
         steady=not given_up and is_steady(answers, start, end),
     )
+
+
+def waited(answer: Answer) -> float:
+    """Seconds to its first token, or for as long as it was waited for."""
+    return answer.ttft if answer.times else answer.latency
 
 
 def _quantiles(values: Any) -> tuple[float, float]:
@@ -125,9 +133,9 @@ def ratio(
     A round's two figures are taken next to each other and in alternating order, so drift is in both and cancels. The
     standard error is bootstrapped over rounds (requests of one round share its luck, so they are not resampled as if
     they were independent), and with so few rounds widened as Student's t asks. `resolution` is how coarsely the figures
-    were found, as a part: the interval is never finer.
+    were found, as a part: a figure lies anywhere within it, so rounds that agree by chance give no finer interval.
     """
-    from scipy.stats import bootstrap, t
+    from scipy.stats import bootstrap, norm, t
 
     logs = np.log(np.asarray(b, float)) - np.log(np.asarray(a, float))
     logs = logs[np.isfinite(logs)]
@@ -141,5 +149,7 @@ def ratio(
     if np.ptp(logs) > 1e-12:
         drawn = bootstrap((logs,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=seed)
         error = float(drawn.standard_error) * math.sqrt(rounds / (rounds - 1))
-    half = float(t.ppf((1 + confidence) / 2, rounds - 1)) * error + math.log1p(resolution)
+    coarse = math.log1p(resolution) * math.sqrt(2 / 12 / rounds)  # two figures a round, each even within its step
+    place = (1 + confidence) / 2
+    half = max(float(t.ppf(place, rounds - 1)) * error, float(norm.ppf(place)) * coarse)
     return Ratio(math.exp(mean), math.exp(mean - half), math.exp(mean + half), rounds)

@@ -87,6 +87,8 @@ class Workload:
     vocab_size: int = 32_000
     texts: Texts | None = None
     """None asks with token ids; chat needs some."""
+    text_seed: int | None = None
+    """Of the prompts' texts where it is not `seed`: the same lengths can be asked again, of a server that caches."""
 
     def __post_init__(self) -> None:
         if self.profile not in NAMES:
@@ -102,17 +104,43 @@ class Workload:
 
     def request(self, number: int) -> Request:
         """The request of that number."""
-        dice = random.Random(f"{self.profile}/{self.seed}/{number}")
-        name = dice.choice(MIXED) if self.profile == "mixed" else self.profile
-        profile = PROFILES[name]
-        shared = self._scaled(profile.shared)
-        prompt = self._scaled(dice.randint(*profile.prompt))
-        answer = self._scaled(dice.randint(*profile.answer))
-        # The shared part is the profile's own, whatever the number and the seed.
-        return self.build(number, self._draw(random.Random("shared"), shared), prompt, answer, dice)
+        shared, prompt, answer = self._lengths(random.Random(f"{self.profile}/{self.seed}/{number}"))
+        return self.build(number, shared, prompt, answer)
 
-    def build(self, number: int, shared: list[Any], prompt: int, answer: int, dice: random.Random) -> Request:
+    def under_way(self, count: int) -> Iterator[Request]:
+        """Requests as they are met at any one time: in the middle, what has been answered of them in their prompts.
+
+        Those with long answers are met more often. Their numbers are negative.
+        """
+        dice = random.Random(f"{self.profile}/{self.seed}/under way")
+        longest = self._scaled(max(profile.answer[1] for profile in self._profiles))
+        number = -1
+        while number >= -count:
+            shared, prompt, answer = self._lengths(dice)
+            if dice.random() < answer / longest:
+                done = dice.randrange(answer)
+                yield self.build(number, shared, prompt + done, answer - done)
+                number -= 1
+
+    @property
+    def mean_answer(self) -> float:
+        """Tokens of an answer on average."""
+        return self.scale * sum(sum(profile.answer) / 2 for profile in self._profiles) / len(self._profiles)
+
+    @property
+    def _profiles(self) -> list[Profile]:
+        return [PROFILES[name] for name in (MIXED if self.profile == "mixed" else (self.profile,))]
+
+    def _lengths(self, dice: random.Random) -> tuple[list[Any], int, int]:
+        """The shared tokens, which are the profile's own whatever the seed, and the lengths of prompt and answer."""
+        profile = dice.choice(self._profiles)
+        shared = self._draw(random.Random("shared"), self._scaled(profile.shared))
+        return shared, self._scaled(dice.randint(*profile.prompt)), self._scaled(dice.randint(*profile.answer))
+
+    def build(self, number: int, shared: list[Any], prompt: int, answer: int) -> Request:
         """A request of `prompt` tokens after the shared ones, answered with exactly `answer`."""
+        seed = self.seed if self.text_seed is None else self.text_seed
+        dice = random.Random(f"{self.profile}/{seed}/{number}/text")
         around = self.texts.around if self.texts else 0
         fresh = max(prompt - around, 1)
         tokens = [*shared, *self._draw(dice, fresh)]
@@ -131,7 +159,7 @@ class Workload:
         else:
             body |= {"prompt": text}
         path = "/v1/chat/completions" if self.api == "chat" else "/v1/completions"
-        name = f"{self.profile}-{self.seed}-{number}"
+        name = f"{self.profile}-{seed}-{number}"
         return Request(self.profile, name, path, json.dumps(body).encode(), len(tokens) + around, answer)
 
     def _draw(self, dice: random.Random, count: int) -> list[Any]:
@@ -198,5 +226,4 @@ def read_trace(file: Path) -> list[Traced]:
 def replay(trace: list[Traced], workload: Workload) -> Iterator[tuple[float, Request]]:
     """The trace's requests with their arrivals; their texts are the seed's."""
     for number, each in enumerate(trace):
-        dice = random.Random(f"{workload.seed}/{number}")
-        yield each.arrival, workload.build(number, [], each.prompt_tokens, each.answer_tokens, dice)
+        yield each.arrival, workload.build(number, [], each.prompt_tokens, each.answer_tokens)

@@ -8,7 +8,7 @@ import httpx
 import numpy as np
 import pytest
 
-from loadtests.answer import read_answers
+from loadtests.answer import CUT, read_answers
 from loadtests.run import LOCUSTFILE, locust
 from vllm_ext.process import free_port, running
 
@@ -27,7 +27,7 @@ def measured(url, folder, model, *options):
     """Run Locust; returns its exit code, the client's answers and what the server says of the same ones."""
     given = [f"--model={model}", f"--records={folder / 'records.jsonl'}", "--scale=0.2", *options]
     code = locust(url, given, limit=120)
-    answers = read_answers([folder / "records.jsonl"])
+    answers = [answer for answer in read_answers([folder / "records.jsonl"]) if answer.error != CUT]
     sent = {each["id"]: each for each in httpx.get(f"{url}/sent", timeout=60).json()}
     return code, answers, [sent.get(answer.id) for answer in answers]
 

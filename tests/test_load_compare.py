@@ -105,15 +105,18 @@ def refused(*arguments):
         (["--arrival", "closed"], "arrival 'closed': take constant, poisson or bursts"),
         (["--duration", "0"], "--duration 0"),
         (["--tolerance", "0"], "tolerance 0"),
+        (["--prometheus", "http://127.0.0.1:9"], "prometheus http://127.0.0.1:9: "),
     ],
 )
 def test_refuses(url, tmp_path, options, message):
     assert message in refused("compare", url, url, "--out", str(tmp_path / "out"), *options)
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.rglob("*.*")) == []
 
 
 def test_refuses_sides_that_are_not_there(url, tmp_path):
     nobody = f"http://127.0.0.1:{free_port()}"
     assert "no OpenAI-compatible server there" in refused("compare", url, nobody, "--out", str(tmp_path / "out"))
     assert "no such folder" in refused("compare", url, "./nothing", "--out", str(tmp_path / "out"))
+    scraped = ["--prometheus", url, "--out", str(tmp_path / "out")]
+    assert "give both sides as URLs" in refused("compare", url, "./nothing", *scraped)
     assert list(tmp_path.iterdir()) == []

@@ -49,6 +49,31 @@ def test_chat_is_exact_by_the_models_own_tokenizer(smollm2):
         assert count(message["content"]) == request.prompt_tokens
 
 
+def test_texts_differ_by_their_own_seed_and_lengths_do_not():
+    first, second = (Workload("rag", "m", seed=3, text_seed=text) for text in (8, 9))
+    for ours, theirs in zip(bodies(first), bodies(second), strict=True):
+        assert (len(ours["prompt"]), ours["max_tokens"]) == (len(theirs["prompt"]), theirs["max_tokens"])
+        assert ours["prompt"][:8] != theirs["prompt"][:8]
+    assert first.request(0).id != second.request(0).id
+
+
+@pytest.mark.parametrize("profile", ["generate", "mixed"])
+def test_requests_under_way_are_as_a_server_at_work_holds_them(profile):
+    """Beside a plain simulation: requests that take a second a token, arriving evenly, looked at at one time."""
+    workload = Workload(profile, "m", scale=0.25)
+    met = []
+    for number in range(8 * 256):
+        request, age = workload.request(number), number / 8
+        if age < request.answer_tokens:
+            met.append((request.prompt_tokens + age, request.answer_tokens - age))
+    found = [(request.prompt_tokens, request.answer_tokens) for request in workload.under_way(len(met))]
+    assert len(met) > 500
+    assert [sum(each) / len(met) for each in zip(*found, strict=True)] == pytest.approx(
+        [sum(each) / len(met) for each in zip(*met, strict=True)], rel=0.1
+    )
+    assert min(answer for _, answer in found) >= 1
+
+
 def test_replays_a_trace(tmp_path):
     file = tmp_path / "trace.jsonl"
     lines = [

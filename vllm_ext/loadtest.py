@@ -4,13 +4,18 @@ Locust, which patches the process that imports it, runs in one of its own.
 """
 
 import contextlib
+import functools
+import inspect
+import itertools
+import math
 import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,63 +28,106 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Load tests: what serves more within the same latency promise?")
 MAX_URL_SECONDS = 10
+URL = ("http://", "https://")
 
-Ttft = Annotated[float, typer.Option(help="The promise: seconds to the first token, for 95% of requests.")]
-Itl = Annotated[float, typer.Option(help="The promise: seconds between chunks of tokens, for 95% of them.")]
-Goodput = Annotated[float, typer.Option(help="The part of requests that must be answered within the promise.")]
-Scale = Annotated[float, typer.Option(help="Multiplies all lengths, for small models and machines.")]
-Api = Annotated[str, typer.Option(help="completions, with token ids, or chat, with words of a token each.")]
-Arrival = Annotated[str, typer.Option(help="poisson, constant or bursts.")]
-Warmup = Annotated[float, typer.Option(help="Seconds of each run that are discarded.")]
-Duration = Annotated[float, typer.Option(help="Seconds of requests that each run measures.")]
-Tolerance = Annotated[float, typer.Option(help="How closely the highest rate is found, as a part of it.")]
-Start = Annotated[float | None, typer.Option(help="The first rate to try, requests a second; by default found.")]
-Seed = Annotated[int, typer.Option(help="For prompts, lengths and arrivals.")]
-VocabSize = Annotated[int, typer.Option(help="Prompts' token ids are drawn below it.")]
-Tokenizer = Annotated[str, typer.Option(help="A tokenizer's folder, for chat, where a server has no /tokenize.")]
+
+@dataclass(frozen=True)
+class Asked:
+    """What is promised and how runs ask: the options that `saturate` and `compare` share."""
+
+    ttft: Annotated[float, typer.Option(help="The promise: seconds to the first token, for 95% of requests.")] = 2.0
+    itl: Annotated[float, typer.Option(help="The promise: seconds between chunks of tokens, for 95% of them.")] = 0.2
+    goodput: Annotated[float, typer.Option(help="The part of requests that must be answered within the promise.")] = (
+        0.95
+    )
+    scale: Annotated[float, typer.Option(help="Multiplies all lengths, for small models and machines.")] = 1.0
+    api: Annotated[str, typer.Option(help="completions, with token ids, or chat, with words of a token each.")] = (
+        "completions"
+    )
+    arrival: Annotated[str, typer.Option(help="poisson, constant or bursts.")] = "poisson"
+    warmup: Annotated[float, typer.Option(help="Seconds of each run that are discarded.")] = 5.0
+    duration: Annotated[float, typer.Option(help="Seconds of requests that each run measures.")] = 30.0
+    cut: Annotated[
+        bool, typer.Option("--cut", help="End runs with these seconds; long answers are judged by what has come.")
+    ] = False
+    tolerance: Annotated[float, typer.Option(help="How closely the highest rate is found, as a part of it.")] = 0.1
+    start: Annotated[float | None, typer.Option(help="The first rate to try, requests/s; by default found.")] = None
+    seed: Annotated[int, typer.Option(help="For prompts, lengths and arrivals.")] = 0
+    vocab_size: Annotated[int, typer.Option(help="Prompts' token ids are drawn below it.")] = 32_000
+    tokenizer: Annotated[str, typer.Option(help="A tokenizer's folder, for chat, if a server has no /tokenize.")] = ""
+
+    def checked(self, profiles: Sequence[str]) -> "tuple[Objective, Settings]":
+        """The promise and how runs ask.
+
+        Raises:
+            ValueError: for what cannot be.
+
+        """
+        from loadtests.answer import Objective
+        from loadtests.arrivals import schedule
+        from loadtests.run import Settings
+        from loadtests.workloads import Texts, Workload
+
+        for each in profiles:
+            Workload(each, "", self.api, scale=self.scale, vocab_size=self.vocab_size, texts=Texts())
+        schedule(self.arrival, 1.0)
+        if not (self.duration > 0 and self.warmup >= 0):
+            raise UsageError(f"--duration {self.duration:g} --warmup {self.warmup:g}: seconds above 0, and not below 0")
+        shared = {each.name for each in fields(Settings)} & {each.name for each in fields(self)}
+        settings = Settings(profiles[0], **{name: getattr(self, name) for name in shared})
+        return Objective(self.ttft, self.itl, self.goodput), settings
+
+
+def _asking(command: Callable[..., None]) -> Callable[..., None]:
+    """Give `command` the options of `Asked` in place of its parameter of that name; typer reads the signature."""
+    shared = inspect.signature(Asked).parameters
+    own = [each for name, each in inspect.signature(command).parameters.items() if name != "asked"]
+
+    @functools.wraps(command)
+    def spread(**given: Any) -> None:
+        command(asked=Asked(**{name: given.pop(name) for name in shared}), **given)
+
+    parameters = [*own, *shared.values()]
+    spread.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    spread.__annotations__ = {each.name: each.annotation for each in parameters}
+    return spread
 
 
 @app.command("saturate")
+@_asking
 def saturate(
+    asked: Asked,
     url: Annotated[str, typer.Argument(help="An OpenAI-compatible server's URL.")],
     workload: Annotated[str, typer.Option("--profile", help="What is asked; see compare.")] = "chat",
-    ttft: Ttft = 2.0,
-    itl: Itl = 0.2,
-    goodput: Goodput = 0.95,
-    scale: Scale = 1.0,
-    api: Api = "completions",
-    arrival: Arrival = "poisson",
-    warmup: Warmup = 5.0,
-    duration: Duration = 30.0,
-    tolerance: Tolerance = 0.05,
-    start: Start = None,
-    seed: Seed = 0,
-    vocab_size: VocabSize = 32_000,
-    tokenizer: Tokenizer = "",
 ) -> None:
     """Find the highest rate, in requests a second, at which a server keeps the promise, and print it."""
-    from loadtests.compare import warm_up
+    from loadtests.compare import under_way, warm_up
     from loadtests.run import run
     from loadtests.saturation import saturate as search
 
     with _refusing():
-        objective, settings = _asked(
-            ttft, itl, goodput, scale, api, arrival, warmup, duration, vocab_size, tokenizer, (workload,)
-        )
-        seeds = iter(range(seed, 2**31))
+        objective, settings = asked.checked((workload,))
+        texts = itertools.count(asked.seed)
+        with errors.status("warms up"):
+            served, token_seconds = warm_up(url, settings, next(texts))
 
         def holds(rate: float) -> bool:
+            nonlocal token_seconds
             with errors.status(f"{rate:.4g} requests/s"):
-                found = run(url, settings, objective, rate, next(seeds)).figures
+                seeds = asked.seed, next(texts)
+                found = run(url, settings, objective, rate, *seeds, under_way(settings, rate, token_seconds)).figures
+            token_seconds = found.tpot[0] if math.isfinite(found.tpot[0]) else token_seconds
             why = "ended early" if found.given_up else "steady" if found.steady else "not steady"
             errors.print(f"{rate:.4g} requests/s: {found.good:.3f} within the promise, {why}")
-            return found.good >= goodput and found.steady and not found.given_up
+            return found.good >= asked.goodput and found.steady and not found.given_up
 
-        print(f"{search(holds, start or warm_up(url, settings, next(seeds)), tolerance):.4g}")
+        print(f"{search(holds, asked.start or served, asked.tolerance):.4g}")
 
 
 @app.command("compare", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@_asking
 def compare(
+    asked: Asked,
     context: typer.Context,
     a: Annotated[str, typer.Argument(help="The baseline: a URL, or 'MODEL [options of vllm-ext serve]' to start.")],
     b: Annotated[str, typer.Argument(help="What is compared with it: the same.")],
@@ -101,19 +149,6 @@ def compare(
     prometheus: Annotated[
         str, typer.Option(help="A Prometheus that scrapes both, to take metrics from; by default they are scraped.")
     ] = "",
-    ttft: Ttft = 2.0,
-    itl: Itl = 0.2,
-    goodput: Goodput = 0.95,
-    scale: Scale = 1.0,
-    api: Api = "completions",
-    arrival: Arrival = "poisson",
-    warmup: Warmup = 5.0,
-    duration: Duration = 30.0,
-    tolerance: Tolerance = 0.1,
-    start: Start = None,
-    seed: Seed = 0,
-    vocab_size: VocabSize = 32_000,
-    tokenizer: Tokenizer = "",
 ) -> None:
     """Measure how many more requests B serves than A within the same latency promise; other options go to servers.
 
@@ -127,11 +162,12 @@ def compare(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers it started end with it
     profiles = tuple(profile or ("chat", "rag"))
     with _refusing():
-        objective, settings = _asked(
-            ttft, itl, goodput, scale, api, arrival, warmup, duration, vocab_size, tokenizer, profiles
-        )
-        plan = Plan(profiles, objective, settings, rounds, tolerance, start, seed, not in_turn, prometheus)
+        objective, settings = asked.checked(profiles)
+        searched = asked.tolerance, asked.start, asked.seed
+        plan = Plan(profiles, objective, settings, rounds, *searched, not in_turn, prometheus)
         requirements = [Requirement.parse(text, profiles) for text in require or []]
+        if prometheus and not all(each.startswith(URL) for each in (a, b)):
+            raise UsageError("--prometheus: it cannot scrape servers that are yet to start; give both sides as URLs")
         sides = dict(zip(SIDES, (_side(each, context.args) for each in (a, b)), strict=True))
         _make(out)
         errors.print(f"report: {out.resolve() / 'report.html'}, when done")
@@ -139,9 +175,7 @@ def compare(
             task = bar.add_task("", total=rounds * len(profiles) * 2)
 
             def step(text: str) -> None:
-                bar.update(task, description=text)
-                if "common" in text:
-                    bar.advance(task)
+                bar.update(task, description=text, completed=comparison.turns)
 
             described = {side: shlex.join([each, *context.args]) for side, each in zip(SIDES, (a, b), strict=True)}
             command = shlex.join(["vllm-ext", *sys.argv[1:]])
@@ -150,41 +184,14 @@ def compare(
             def save(results: Results) -> None:
                 missed[:] = write(results, out, requirements, command)
 
-            results = Comparison(plan, sides, described).measure(step, save)
+            comparison = Comparison(plan, sides, described)
+            results = comparison.measure(step, save)
     for each in profiles:
         print(verdict(results, each, ratios(results, each)))
     for text in missed:
         errors.print(f"not met: {text}", markup=False)
     print(out.resolve() / "report.html")
     raise typer.Exit(1 if missed else 0)
-
-
-def _asked(
-    ttft: float,
-    itl: float,
-    goodput: float,
-    scale: float,
-    api: str,
-    arrival: str,
-    warmup: float,
-    duration: float,
-    vocab_size: int,
-    tokenizer: str,
-    profiles: Sequence[str],
-) -> "tuple[Objective, Settings]":
-    """The promise and how runs ask, checked."""
-    from loadtests.answer import Objective
-    from loadtests.arrivals import schedule
-    from loadtests.run import Settings
-    from loadtests.workloads import Texts, Workload
-
-    for each in profiles:
-        Workload(each, "", api, scale=scale, vocab_size=vocab_size, texts=Texts())
-    schedule(arrival, 1.0)
-    if not (duration > 0 and warmup >= 0):
-        raise UsageError(f"--duration {duration:g} --warmup {warmup:g}: seconds above 0, and not below 0")
-    settings = Settings(profiles[0], api, scale, arrival, warmup, duration, vocab_size=vocab_size, tokenizer=tokenizer)
-    return Objective(ttft, itl, goodput), settings
 
 
 @contextlib.contextmanager
@@ -207,7 +214,7 @@ def _side(given: str, vllm_args: Sequence[str]) -> "Callable[[], AbstractContext
     """How to have that side's server there: found at its URL, or started."""
     import httpx
 
-    if given.startswith(("http://", "https://")):
+    if given.startswith(URL):
         url = given.rstrip("/")
         try:
             httpx.get(f"{url}/v1/models", timeout=MAX_URL_SECONDS, trust_env=False).raise_for_status()

@@ -1,0 +1,162 @@
+"""Load on real vLLM: the client's figures beside the server's own, and every way in that needs a real server."""
+
+import json
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import httpx
+import numpy as np
+import pytest
+import yaml
+
+from loadtests.answer import read_answers
+from loadtests.client import open_client
+from loadtests.run import LOCUSTFILE, locust
+from loadtests.tokenizers import find_texts
+from loadtests.workloads import Workload
+from tests.servers import eventually, served
+from vllm_ext.process import free_port
+
+COMMAND = [sys.executable, "-m", "vllm_ext.cli", "loadtest", "compare"]
+LOCUST = [sys.executable, "-m", "locust", "--headless", "--only-summary"]
+WITHIN = 0.05
+
+
+@pytest.fixture(scope="module")
+def server(smollm2, tmp_path_factory):
+    log = tmp_path_factory.mktemp("served") / "log"
+    with served(smollm2, "--max-model-len", 1024, "--max-num-batched-tokens", 256, log=log) as running:
+        yield running
+
+
+def histograms(server) -> dict[str, np.ndarray]:
+    """Each histogram's sum and count."""
+    names = ("time_to_first_token", "inter_token_latency", "request_time_per_output_token", "e2e_request_latency")
+    return {
+        name: np.array([server.metric(f"vllm:{name}_seconds_{part}") for part in ("sum", "count")]) for name in names
+    }
+
+
+def test_the_clients_figures_are_the_servers_own(server, tmp_path):
+    """Means within 5%. vLLM counts from when it has read a request to when its output is ready to be written.
+
+    So HTTP is in the client's times alone: a few milliseconds, of first tokens that take some hundred.
+    """
+    trace, records = tmp_path / "trace.jsonl", tmp_path / "records.jsonl"
+    lines = [{"arrival": 1.5 * place, "prompt_tokens": 400 + 20 * place, "answer_tokens": 32} for place in range(10)]
+    trace.write_text("\n".join(map(json.dumps, lines)))
+    assert server.idle()
+    before = histograms(server)
+    assert locust(server.url, ["--arrival=trace", f"--trace={trace}", f"--records={records}", "--users=1"]) == 0
+    assert server.idle()
+    counted = {name: after - before[name] for name, after in histograms(server).items()}
+    answers = read_answers([records])
+    assert [(answer.prompt_tokens, answer.answer_tokens) for answer in answers] == [
+        (line["prompt_tokens"], line["answer_tokens"]) for line in lines
+    ]
+    clients = {
+        "time_to_first_token": [answer.ttft for answer in answers],
+        "inter_token_latency": np.concatenate([answer.gaps for answer in answers]),
+        "request_time_per_output_token": [answer.tpot for answer in answers],
+        "e2e_request_latency": [answer.latency for answer in answers],
+    }
+    gaps = counted["inter_token_latency"][1] - len(clients["inter_token_latency"])
+    assert 0 <= gaps < 0.03 * 310  # two tokens share a chunk where the server was late to write the first
+    counts = {name: len(each) for name, each in clients.items() if name != "inter_token_latency"}
+    assert {name: counted[name][1] for name in counts} == counts
+    servers = {name: total / count for name, (total, count) in counted.items()}
+    assert {name: np.mean(each) for name, each in clients.items()} == pytest.approx(servers, rel=WITHIN)
+    # Nothing that the server counts can be missing in what the client saw.
+    assert np.mean(clients["time_to_first_token"]) > servers["time_to_first_token"]
+    assert np.mean(clients["e2e_request_latency"]) > servers["e2e_request_latency"]
+
+
+def test_chat_is_asked_in_exact_lengths_by_the_servers_tokenize(server, tmp_path):
+    """Plain Locust, headless: what the server counts is what was to be asked."""
+    records = tmp_path / "records.jsonl"
+    asked = ["--api=chat", "--workload=chat", "--scale=0.25", "--seed=5", f"--records={records}"]
+    run = ["--users=2", "--spawn-rate=2", "--run-time=6s", "--stop-timeout=20s"]
+    command = [*LOCUST, "-f", str(LOCUSTFILE), "--host", server.url, *asked, *run]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "note: no tokenizer" not in done.stderr
+    with open_client(server.url) as client:
+        (model,) = client.get("/v1/models").json()["data"]
+        texts = find_texts(client, model["id"], "chat")
+    assert texts.exact
+    workload = Workload("chat", model["id"], "chat", seed=5, scale=0.25, texts=texts)
+    answers = read_answers([records])
+    assert len(answers) >= 2
+    for answer in answers:
+        request = workload.request(int(answer.id.rsplit("-", 1)[1]))
+        assert (answer.prompt_tokens, answer.answer_tokens) == (request.prompt_tokens, request.answer_tokens)
+
+
+def test_a_ramp_of_users(server, tmp_path):
+    """One user, then three, with plain Locust."""
+    records = tmp_path / "records.jsonl"
+    files = f"{LOCUSTFILE},{LOCUSTFILE.with_name('ramp.py')}"
+    steps = ["--ramp-from=1", "--ramp-to=3", "--ramp-steps=2", "--ramp-seconds=6", "--stop-timeout=20s"]
+    command = [*LOCUST, "-f", files, "--host", server.url, *steps, "--scale=0.1", f"--records={records}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    answers = read_answers([records])
+    together = [sum(each.sent <= answer.sent < each.end for each in answers) for answer in answers]
+    assert together[0] == 1
+    assert max(together) == 3
+    assert together.index(3) > together.index(1)
+
+
+@contextmanager
+def prometheus(folder, instance: str):
+    """A real one that scrapes that server once a second."""
+    config = {"scrape_configs": [{"job_name": "vllm", "static_configs": [{"targets": [instance]}]}]}
+    (folder / "prometheus.yml").write_text(yaml.safe_dump({"global": {"scrape_interval": "1s"}} | config))
+    port = free_port()
+    options = [f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'data'}"]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(["prometheus", *options, f"--web.listen-address=127.0.0.1:{port}"], stderr=log)
+        url = f"http://127.0.0.1:{port}"
+        try:
+            query = {"query": f'up{{instance="{instance}"}}'}
+            assert eventually(lambda: httpx.get(f"{url}/api/v1/query", params=query).json()["data"]["result"])
+            yield url
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+SHORT = ["--profile", "chat", "--scale", "0.1", "--rounds", "1", "--ttft", "3", "--itl", "1", "--start", "2"]
+SHORT += ["--warmup", "1", "--duration", "3", "--tolerance", "1"]
+
+
+def test_metrics_are_taken_from_a_prometheus(server, tmp_path):
+    instance = httpx.URL(server.url).netloc.decode()
+    with prometheus(tmp_path, instance) as source:
+        command = [*COMMAND, server.url, server.url, "--prometheus", source, "--out", str(tmp_path / "out"), *SHORT]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    for samples in report["metrics"].values():
+        assert len(samples) > 10
+        assert max(sample["running"] for sample in samples) >= 1
+        assert 0 < max(sample["kv_cache_usage"] for sample in samples) <= 1
+        assert samples[-1]["generation_tokens"] > samples[0]["generation_tokens"]
+    assert all(run["kv_cache_usage"] > 0 for run in report["runs"])
+    assert report["kv_capacity_tokens"]["A"] == report["kv_capacity_tokens"]["B"] > 0
+
+
+@pytest.mark.slow  # as two engines start, one after the other
+def test_each_side_is_started_for_its_turn(smollm2, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    options = ["--in-turn", "--max-model-len", "512", "--enforce-eager"]
+    command = [*COMMAND, str(smollm2), f"{smollm2} --skip 28-29", "--out", str(tmp_path / "out"), *SHORT, *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "one round, which cannot tell a difference from chance" in done.stdout
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    metrics, capacity = report["metrics"], report["kv_capacity_tokens"]
+    assert metrics["A"][-1]["time"] < metrics["B"][0]["time"]  # never both at once
+    assert capacity["B"] / capacity["A"] == pytest.approx(30 / 28, rel=0.01)
+    assert {run["side"] for run in report["runs"]} == {"A", "B"}
