@@ -26,6 +26,8 @@ class Server:
     process: subprocess.Popen[bytes]
     log: Path
     headers: dict[str, str]
+    metrics_url: str = ""
+    """Where its metrics are, if not among its other routes."""
 
     def get(self, path: str, **settings) -> httpx.Response:
         return httpx.get(self.url + path, timeout=30, headers=self.headers, **settings)
@@ -36,7 +38,10 @@ class Server:
 
     def metrics(self) -> dict[str, float]:
         """The rows, by name and labels as they are printed."""
-        return rows(self.get("/metrics").text)
+        return rows(self.metrics_text())
+
+    def metrics_text(self) -> str:
+        return httpx.get(self.metrics_url or f"{self.url}/metrics", timeout=30).text
 
     def metric(self, name: str, **labels: str) -> float:
         """The sum of the rows of that name with those labels."""

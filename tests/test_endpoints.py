@@ -4,12 +4,14 @@ import json
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 from openai import BadRequestError, OpenAI
 
-from tests.servers import rows, served
+from tests.servers import eventually, rows, served
+from vllm_ext.process import free_port
 
 MODEL = "SmolLM2"
 MESSAGES = [
@@ -170,8 +172,6 @@ def test_a_request_id_that_cannot_be_is_replaced(server, given):
 
 
 def test_two_requests_with_one_id_both_get_their_answers(server):
-    from concurrent.futures import ThreadPoolExecutor
-
     with ThreadPoolExecutor(2) as pool:
         asked = [
             pool.submit(server.post, "/v1/chat/completions", ASKED, headers={"X-Request-Id": "same"}) for _ in range(2)
@@ -188,7 +188,11 @@ def test_every_line_of_the_log_is_json_once_the_server_is_up(server):
 
 
 def test_metrics_are_as_prometheus_wants_them(server):
-    text = server.get("/metrics").text
+    check_metrics(server.metrics_text())
+
+
+def check_metrics(text: str) -> None:
+    """Raise where promtool finds something in our rows; vLLM's are vLLM's."""
     ours = [line for line in text.splitlines(keepends=True) if re.search(r"^(# (HELP|TYPE) )?vllm_ext_", line)]
     assert shutil.which("promtool"), "install Debian's prometheus"
     done = subprocess.run(["promtool", "check", "metrics"], input="".join(ours), capture_output=True, text=True)
@@ -215,3 +219,35 @@ def test_metrics_of_the_kv_cache_beside_stock(server):
     stock = found["vllm_ext_stock_kv_cache_capacity_tokens"]
     assert tokens / 128 * 27 // 30 == stock / 128
     assert found["vllm_ext_kv_cache_used_tokens"] == found["vllm_ext_kv_cache_used_bytes"] == 0
+
+
+@pytest.mark.slow
+def test_metrics_of_two_engines_and_two_api_servers_add_up(smollm2, tmp_path):
+    """Data-parallel engines, an API server for each, and the metrics of all on a port of their own."""
+    options = ["--skip", "27-29", "--served-model-name", MODEL, "--max-model-len", 512, "--data-parallel-size", 2]
+    port = free_port()
+    with served(smollm2, *options, "--metrics-port", port, log=tmp_path / "log") as server:
+        server.metrics_url = f"http://127.0.0.1:{port}/metrics"
+
+        def ask(number: int) -> int:
+            body = {"model": MODEL, "prompt": [100 + number] * 40, "max_tokens": 8, "ignore_eos": True}
+            return server.post("/v1/completions", body).json()["usage"]["completion_tokens"]
+
+        with ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(ask, range(32))) == [8] * 32
+        assert eventually(lambda: server.metric("vllm_ext_prompt_tokens_total") == 32 * 40)
+        assert server.metric("vllm_ext_tail_skipped_prompt_tokens_total") == 32 * 39
+        assert server.metric("vllm:prompt_tokens_total") == 32 * 40
+        for engine in ("0", "1"):
+            assert server.metric("vllm_ext_prompt_tokens_total", engine=engine) > 0
+            assert server.metric("vllm_ext_layers", engine=engine, kind="skip") == 3
+            tokens, size, one = (
+                server.metric(f"vllm_ext_kv_cache_{name}", engine=engine)
+                for name in ("capacity_tokens", "capacity_bytes", "token_bytes")
+            )
+            assert tokens * one == size <= 2**30
+        assert server.idle()
+        assert server.metric("vllm_ext_kv_cache_used_bytes") == 0
+        assert server.get("/ready").status_code == 200
+        check_metrics(server.metrics_text())
+        assert "pid=" not in "".join(row for row in server.metrics() if row.startswith("vllm_ext_"))

@@ -19,6 +19,7 @@ from tests.servers import Server, eventually, served
 
 MODEL = "SmolLM2"
 ERRORS = {400, 404, 413, 415, 422}
+MINUTES = float(os.environ.get("VLLM_EXT_SOAK_MINUTES", "15"))
 BLOCKS = 9  # of 128 tokens, one of them vLLM's own: room for two of the requests below
 
 
@@ -270,9 +271,9 @@ def test_two_api_servers_share_limits_metrics_and_the_end(smollm2, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(MINUTES * 60 + 600)
 def test_memory_is_flat(smollm2, tmp_path):
     """Load for VLLM_EXT_SOAK_MINUTES: all answers right, and no process grows after the first third."""
-    minutes = float(os.environ.get("VLLM_EXT_SOAK_MINUTES", "15"))
     options = ["--skip", "28-29", "--served-model-name", MODEL, "--max-model-len", 512, "--dtype", "float32"]
     with served(smollm2, *options, log=tmp_path / "log") as server:
         family = [psutil.Process(server.process.pid), *psutil.Process(server.process.pid).children(recursive=True)]
@@ -280,7 +281,7 @@ def test_memory_is_flat(smollm2, tmp_path):
         counts, sizes = {"full": 0, "refused": 0, "gone": 0}, []
         began = time.monotonic()
         with ThreadPoolExecutor(6) as pool:
-            while (passed := time.monotonic() - began) < minutes * 60:
+            while (passed := time.monotonic() - began) < MINUTES * 60:
                 more = USAGE if len(sizes) % 2 else {}
                 asked = {start: pool.submit(ask, server, long_body(start, 24, **more)) for start in expected}
                 bad = [pool.submit(ask, server, long_body(1, 24, temperature=-1)) for _ in range(4)]
@@ -291,8 +292,8 @@ def test_memory_is_flat(smollm2, tmp_path):
                 counts["refused"] += len(bad)
                 sizes.append((passed, [process.memory_info().rss for process in family]))
         assert server.idle()
-    settled = [rss for passed, rss in sizes if passed > minutes * 20]
-    print(f"\n{counts} in {minutes:g} min; RSS by process, MiB, at a third and at the end:")
+    settled = [rss for passed, rss in sizes if passed > MINUTES * 20]
+    print(f"\n{counts} in {MINUTES:g} min; RSS by process, MiB, at a third and at the end:")
     for number, process in enumerate(family):
         print(process.pid, *(round(rss[number] / 2**20, 1) for rss in (settled[0], settled[-1])))
     third = len(settled) // 3

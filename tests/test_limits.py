@@ -8,7 +8,7 @@ import pytest
 
 from serving import limits
 from serving.errors import Refused
-from tests.servers import served
+from tests.servers import eventually, served
 from vllm_ext.server_settings import ServerSettings
 
 KEY = "a-key-for-tests"
@@ -127,12 +127,8 @@ def server(smollm2, tmp_path_factory):
 
 
 def rejected(server, reason: str) -> float:
-    from tests.servers import rows
-
-    found = rows(httpx.get(server.metrics_url).text)
-    return sum(
-        value for row, value in found.items() if f'requests_total{{model_name="SmolLM2",reason="{reason}"' in row
-    )
+    row = f'vllm_ext_rejected_requests_total{{model_name="SmolLM2",reason="{reason}"}}'
+    return server.metrics().get(row, 0)
 
 
 @pytest.mark.parametrize(
@@ -196,9 +192,11 @@ def test_every_route_asks_for_a_key(server, path, given):
     assert "API key" in answer.json()["error"]["message"]
 
 
-def test_supervisors_need_no_key(server):
-    assert httpx.get(f"{server.url}/health").status_code == 200
-    assert httpx.get(f"{server.url}/ready").status_code == 200
+@pytest.mark.parametrize("given", [{}, {"Authorization": "Bearer wrong"}], ids=["no key", "a wrong one"])
+def test_supervisors_need_no_key(server, given):
+    assert httpx.get(f"{server.url}/health", headers=given).status_code == 200
+    ready = httpx.get(f"{server.url}/ready", headers=given)
+    assert (ready.status_code, ready.json()) == (200, {"status": "ready"})
 
 
 def test_each_key_of_the_file_opens(server):
@@ -217,7 +215,7 @@ def test_no_key_in_processes_or_logs(server):
 
 def test_metrics_are_on_their_own_port_only(server):
     assert server.get("/metrics").status_code == 404
-    found = httpx.get(server.metrics_url).text
+    found = server.metrics_text()
     assert "vllm:kv_cache_usage_perc" in found
     assert "vllm_ext_layers" in found
 
@@ -229,6 +227,8 @@ def test_more_at_once_wait_or_get_429(server):
     threads = [threading.Thread(target=lambda: answers.append(server.post("/v1/completions", body))) for _ in range(4)]
     for thread in threads:
         thread.start()
+    assert eventually(lambda: rejected(server, "concurrency"))
+    assert httpx.get(f"{server.url}/ready", timeout=5).status_code == 200  # full is ready: others wait, or are told
     for thread in threads:
         thread.join()
     assert sorted(answer.status_code for answer in answers) == [200, 200, 200, 429]

@@ -1,4 +1,4 @@
-"""Two replicas behind vllm-router, and one of them killed under load: every request is accounted for."""
+"""Two replicas behind vllm-router, one of them ended or killed under load: every request is accounted for."""
 
 import json
 import signal
@@ -6,8 +6,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +25,8 @@ pytestmark = pytest.mark.slow
 
 CHART = Path(__file__).parent.parent / "deploy" / "helm" / "vllm-ext"
 ROUTER = Path(sys.executable).parent / "vllm-router"
-REPLICAS = ("replica-a", "replica-b")
-REQUESTS, CLIENTS, KILL_AFTER = 80, 8, 16
+REPLICAS = VICTIM, SURVIVOR = "replica-a", "replica-b"
+REQUESTS, CLIENTS, HURT_AFTER = 80, 8, 16
 QUESTION = {
     "model": "SmolLM2",
     "messages": [{"role": "user", "content": "Tell me of the sea."}],
@@ -92,12 +93,53 @@ def read_stream(response: httpx.Response, answer: Answer) -> None:
             answer.text += delta.get("content") or ""
 
 
+@dataclass
+class Load:
+    """What came of all requests, and what the victim streamed when it was hurt."""
+
+    answers: list[Answer]
+    streaming: list[Answer]
+    hurt: float
+
+    @property
+    def outcomes(self) -> Counter[str]:
+        return Counter(answer.outcome for answer in self.answers)
+
+    @property
+    def late(self) -> list[Answer]:
+        """Those asked after the victim was hurt."""
+        return [answer for answer in self.answers if answer.began > self.hurt]
+
+    @property
+    def told(self) -> list[tuple]:
+        """Of those without a whole answer."""
+        return [(each.outcome, each.status, each.replica, each.error) for each in self.answers if not each.complete]
+
+
+def load(client: httpx.Client, victim: str, hurt: Callable[[], None]) -> Load:
+    """Ask, half of it streamed, and call `hurt` once the victim is in the middle of a stream."""
+    answers = [Answer(streamed=number % 2 == 0) for number in range(REQUESTS)]
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        asked = [pool.submit(ask, client, answer) for answer in answers]
+        streaming = wait_for_stream(answers, victim)
+        hurt()
+        done = Load(answers, streaming, time.monotonic())
+        for each in asked:
+            each.result()
+    print(f"{REQUESTS} requests, {CLIENTS} at once, half streamed: {dict(done.outcomes)}", done.told)
+    # Both answered before, and every whole answer is the right one, whoever gave it.
+    whole = [answer for answer in answers if answer.complete]
+    assert {answer.replica for answer in whole if answer.ended < done.hurt} == set(REPLICAS)
+    assert {answer.text for answer in whole} == {ask(client, Answer(streamed=False)).text}
+    return done
+
+
 def wait_for_stream(answers: list[Answer], replica: str) -> list[Answer]:
     """Return once `replica` is in the middle of a stream, after some were answered: all that it streams."""
     end = time.monotonic() + 120
     while time.monotonic() < end:
         streaming = [each for each in answers if each.replica == replica and each.streamed and not each.ended]
-        warm = sum(each.complete for each in answers) >= KILL_AFTER
+        warm = sum(each.complete for each in answers) >= HURT_AFTER
         if warm and streaming and all(len(each.text) > 8 for each in streaming):
             return streaming
         time.sleep(0.001)
@@ -106,40 +148,51 @@ def wait_for_stream(answers: list[Answer], replica: str) -> list[Answer]:
 
 @contextmanager
 def router(*urls: str):
-    """vllm-router over these servers."""
+    """vllm-router over these servers, with the health checks of the chart."""
     port, metrics = free_port(), free_port()
-    options = ["--policy", "round_robin", "--health-check-interval-secs", "1", "--health-failure-threshold", "1"]
+    health = ["--health-check-endpoint", "/ready", "--health-check-interval-secs", "1"]
+    options = ["--policy", "round_robin", "--health-failure-threshold", "1", *health]
     command = [str(ROUTER), "--worker-urls", *urls, "--port", str(port), "--prometheus-port", str(metrics), *options]
     with running(command, port) as url:
         yield url
 
 
-def processes_of(port: int) -> list[psutil.Process]:
+def processes_of(url: str) -> list[psutil.Process]:
     """The server that listens there, and all that it started."""
+    port = httpx.URL(url).port
     (pid,) = {each.pid for each in psutil.net_connections("tcp") if each.laddr.port == port and each.status == "LISTEN"}
     server = psutil.Process(pid)
     return [server, *server.children(recursive=True)]
 
 
-@pytest.fixture(scope="module")
-def replicas():
-    """The planned model twice, a core each; by name, the port and the URL."""
+@contextmanager
+def replica(name: str):
+    """The planned model, on one core; its URL."""
     if not ROUTER.exists():
         pytest.skip("vllm-router is not installed: make test-slow installs it")
-    with ExitStack() as stack, pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
+    port = free_port()
+    options = ["--served-model-name", "SmolLM2", "--enforce-eager", "--max-model-len", "1024"]
+    command = [sys.executable, "-m", "vllm_ext.cli", "serve", str(fetch_planned()), *options]
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         patch.setenv("OMP_NUM_THREADS", "1")
-        ports = {name: free_port() for name in REPLICAS}
-        options = ["--served-model-name", "SmolLM2", "--enforce-eager", "--max-model-len", "1024"]
-        command = [sys.executable, "-m", "vllm_ext.cli", "serve", str(fetch_planned()), *options]
-        servers = [
-            running([*command, "--response-role", name, "--port", str(port)], port) for name, port in ports.items()
-        ]
-        urls = pool.map(stack.enter_context, servers)
-        yield {name: (ports[name], url) for name, url in zip(REPLICAS, urls, strict=True)}
+        with running([*command, "--response-role", name, "--port", str(port)], port) as url:
+            yield url
 
 
-def test_the_probes_and_options_of_the_chart_are_the_router_s(replicas):
+@pytest.fixture(scope="module")
+def survivor():
+    with replica(SURVIVOR) as url:
+        yield url
+
+
+@pytest.fixture
+def victim():
+    with replica(VICTIM) as url:
+        yield url
+
+
+def test_the_probes_and_options_of_the_chart_are_the_router_s(survivor):
     with helm_python.Chart.load(CHART) as chart:
         text = chart.render(values={"router": {"enabled": True}}, name="demo")["vllm-ext/templates/router.yaml"]
     (pod,) = (each for each in yaml.safe_load_all(text) if each["kind"] == "Deployment")
@@ -147,39 +200,37 @@ def test_the_probes_and_options_of_the_chart_are_the_router_s(replicas):
     told = subprocess.run([ROUTER, "--help"], capture_output=True, text=True, check=True).stdout
     for argument in container["args"]:
         assert not argument.startswith("--") or argument.split("=")[0] in told
-    with router(*(url for _, url in replicas.values())) as url:
+    with router(survivor) as url:
         for probe in ("readinessProbe", "livenessProbe"):
             assert httpx.get(url + container[probe]["httpGet"]["path"], trust_env=False).status_code == 200
 
 
-def test_a_killed_replica_loses_only_what_it_was_streaming(replicas):
-    victim, survivor = REPLICAS
-    with router(*(url for _, url in replicas.values())) as url, httpx.Client(base_url=url, timeout=120) as client:
-        expected = ask(client, Answer(streamed=False)).text
-        processes = processes_of(replicas[victim][0])
-        answers = [Answer(streamed=number % 2 == 0) for number in range(REQUESTS)]
+def test_a_replica_that_is_ended_loses_nothing(survivor, victim):
+    """As Kubernetes ends a pod: it finishes what it was asked, and the other answers the rest."""
+    server = processes_of(victim)[0]
+    with router(survivor, victim) as url, httpx.Client(base_url=url, timeout=120) as client:
+        done = load(client, VICTIM, lambda: server.send_signal(signal.SIGTERM))
+    assert done.outcomes == {"answered": REQUESTS}, done.told
+    assert {answer.replica for answer in done.streaming} == {VICTIM}
+    assert len(done.late) > CLIENTS
+    # It may have taken one more before it heard of its end.
+    assert {answer.replica for answer in done.late if answer.began > done.hurt + 1} == {SURVIVOR}
+    assert server.wait(60) == 0
 
-        with ThreadPoolExecutor(CLIENTS) as pool:
-            asked = [pool.submit(ask, client, answer) for answer in answers]
-            streaming = wait_for_stream(answers, victim)
-            for process in processes:
-                process.send_signal(signal.SIGKILL)
-            killed = time.monotonic()
-            for each in asked:
-                each.result()
 
-    outcomes = Counter(answer.outcome for answer in answers)
-    told = [(each.outcome, each.status, each.replica, each.error) for each in answers if each.outcome != "answered"]
-    print(f"{REQUESTS} requests, {CLIENTS} at once, one of two replicas killed: {dict(outcomes)}", told)
-    assert outcomes["lost"] == 0, told
+def test_a_killed_replica_loses_only_what_it_was_streaming(survivor, victim):
+    processes = processes_of(victim)
+
+    def kill() -> None:
+        for process in processes:
+            process.send_signal(signal.SIGKILL)
+
+    with router(survivor, victim) as url, httpx.Client(base_url=url, timeout=120) as client:
+        done = load(client, VICTIM, kill)
+    assert done.outcomes["lost"] == 0, done.told
     # Cut are those, and only those, that the killed replica had begun to stream.
-    cut = [answer for answer in answers if answer.outcome == "cut"]
-    assert all(answer.replica == victim and answer.began < killed for answer in cut), told
-    assert 1 <= len(streaming) <= len(cut) <= CLIENTS
-    # Both had answered before, and every whole answer is the right one, whoever gave it.
-    whole = [answer for answer in answers if answer.complete]
-    assert {answer.replica for answer in whole if answer.ended < killed} == set(REPLICAS)
-    assert {answer.text for answer in whole} == {expected}
-    late = [answer for answer in answers if answer.began > killed]
-    assert len(late) > CLIENTS
-    assert {(answer.outcome, answer.replica) for answer in late} == {("answered", survivor)}
+    cut = [answer for answer in done.answers if answer.outcome == "cut"]
+    assert all(answer.replica == VICTIM and answer.began < done.hurt for answer in cut), done.told
+    assert 1 <= len(done.streaming) <= len(cut) <= CLIENTS
+    assert len(done.late) > CLIENTS
+    assert {(answer.outcome, answer.replica) for answer in done.late} == {("answered", SURVIVOR)}
