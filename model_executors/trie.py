@@ -1,6 +1,6 @@
 """The trie of all spellings, walked once: what tokens begin with is added up once for all of them."""
 
-import os
+from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -9,9 +9,19 @@ from numba import njit, prange, set_num_threads
 from numba.core.config import NUMBA_NUM_THREADS
 from torch import nn
 
-ONE_POOL = "omp" in os.environ.get("LD_PRELOAD", "")
-"""Whether numba and torch share their threads: on a CPU vLLM loads torch's OpenMP ahead of all in its engines. Where
-they do not, each one's threads spin while the other's work, so that one thread is faster."""
+
+def _one_pool() -> bool:
+    """Whether numba and torch share their threads, as the process was started with an OpenMP that comes ahead of all.
+
+    vLLM starts its workers on a CPU so. Where they do not, each one's threads spin while the other's work, and one
+    thread is faster.
+    """
+    started_with = Path("/proc/self/environ")  # os.environ would tell what was set since
+    entries = started_with.read_bytes().split(b"\0") if started_with.is_file() else []
+    return any(entry.startswith(b"LD_PRELOAD=") and b"omp" in entry for entry in entries)
+
+
+ONE_POOL = _one_pool()
 TILE = 16
 """Tokens of 64 bytes in float32, a cache's line."""
 TILES_AT_ONCE = 32
