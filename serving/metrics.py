@@ -130,15 +130,27 @@ class HttpMetrics:
 
     def __init__(self, model_name: str) -> None:
         self.model_name = model_name
-        documentation = "HTTP requests that were accepted and not answered in full yet."
-        gauge = _gauge("vllm_ext_http_requests_in_flight", documentation, "model_name", mode="livesum")
-        self._in_flight = gauge.labels(model_name)
+        documentation = "HTTP requests that were accepted and not answered in full yet, the queued ones among them."
+        self._in_flight = self._live("vllm_ext_http_requests_in_flight", documentation)
+        self._queued = self._live(
+            "vllm_ext_http_requests_queued",
+            "HTTP requests that wait for a place among --max-concurrent-requests; vllm:num_requests_waiting has none "
+            "of them, since the engine does not know them yet.",
+        )
         self._rejected = _counter(
             "vllm_ext_rejected_requests_total",
             "HTTP requests that were refused before vLLM saw them, by the limit that refused them.",
             "model_name",
             "reason",
         )
+
+    def _live(self, name: str, documentation: str) -> Gauge:
+        """Over the processes that live."""
+        return _gauge(name, documentation, "model_name", mode="livesum").labels(self.model_name)
+
+    def queued(self, change: int) -> None:
+        """One more waits, or one less."""
+        self._queued.inc(change)
 
     def in_flight(self, change: int) -> None:
         """One more, or one less."""

@@ -46,7 +46,7 @@ class RequestGuard:
         tokens = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
         # vLLM compares keys in constant time, but asks for them on some of its routes only.
         self.keys = AuthenticationMiddleware(self.app, tokens) if tokens else None
-        self.gate = Gate(self.settings.shared_by(processes))
+        self.gate = Gate(self.settings.shared_by(processes), self.metrics)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it."""
@@ -185,8 +185,8 @@ class Replayed:
 class Gate:
     """Places for requests at once, and for those that wait for one."""
 
-    def __init__(self, settings: ServerSettings) -> None:
-        self.settings = settings
+    def __init__(self, settings: ServerSettings, metrics: HttpMetrics) -> None:
+        self.settings, self.metrics = settings, metrics
         self.places = asyncio.Semaphore(settings.max_concurrent_requests or 1)
         self.waiting = 0
 
@@ -219,6 +219,7 @@ class Gate:
 
     async def _wait(self, request: Replayed) -> None:
         self.waiting += 1
+        self.metrics.queued(1)
         place, gone = asyncio.ensure_future(self.places.acquire()), asyncio.ensure_future(request.next())
         try:
             await asyncio.wait({place, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -232,6 +233,7 @@ class Gate:
         finally:
             gone.cancel()
             self.waiting -= 1
+            self.metrics.queued(-1)
 
 
 async def _never() -> Message:

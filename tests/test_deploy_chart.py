@@ -119,7 +119,8 @@ def test_the_autoscaler_follows_the_queue():
     assert hpa["scaleTargetRef"] == {"apiVersion": "apps/v1", "kind": "Deployment", "name": "demo-vllm-ext"}
     assert hpa["metrics"][0]["pods"]["metric"]["name"] == "vllm_num_requests_waiting"
     keda = rendered(values("gpu"))["ScaledObject/demo-vllm-ext"]["spec"]
-    assert "vllm:num_requests_waiting" in keda["triggers"][0]["metadata"]["query"]
+    query = keda["triggers"][0]["metadata"]["query"]
+    assert "vllm:num_requests_waiting|vllm_ext_http_requests_queued" in query
     for name in ("router", "gpu"):
         assert "replicas" not in rendered(values(name))["Deployment/demo-vllm-ext"]["spec"]
 

@@ -228,10 +228,13 @@ def test_more_at_once_wait_or_get_429(server):
     for thread in threads:
         thread.start()
     assert eventually(lambda: rejected(server, "concurrency"))
+    assert server.metric("vllm_ext_http_requests_queued") == 1
+    assert server.metric("vllm_ext_http_requests_in_flight") == 3
     assert httpx.get(f"{server.url}/ready", timeout=5).status_code == 200  # full is ready: others wait, or are told
     for thread in threads:
         thread.join()
     assert sorted(answer.status_code for answer in answers) == [200, 200, 200, 429]
+    assert server.metric("vllm_ext_http_requests_queued") == 0
     (refused,) = [answer for answer in answers if answer.status_code == 429]
     assert int(refused.headers["retry-after"]) >= 1
     full = [answer.json() for answer in answers if answer.status_code == 200]

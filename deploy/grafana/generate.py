@@ -24,6 +24,7 @@ BASELINE, VARIANT = 'job="$baseline"', 'job="$variant"'
 def endpoint_rows() -> dict[str, list[Panel]]:
     """One deployment: vLLM's usual panels, and what the plan and the head do."""
     where = 'job=~"$job", instance=~"$instance"'
+    waiting = f'sum({{__name__=~"vllm:num_requests_waiting|vllm_ext_http_requests_queued", {where}}})'
     rejected = rate("vllm_ext_rejected_requests_total", where, "reason")
     bad = f'{where}, handler=~"/v1/.*", status!="2xx"'
     saved = (
@@ -36,7 +37,7 @@ def endpoint_rows() -> dict[str, list[Panel]]:
         "Now": [
             Panel("Replicas up", {"up": total("up", where)}, "short", "Servers whose metrics answer.", True),
             Panel("Running", {"": total("vllm:num_requests_running", where)}, "short", "Requests in batches.", True),
-            Panel("Waiting", {"": total("vllm:num_requests_waiting", where)}, "short", "Requests in queues.", True),
+            Panel("Waiting", {"": waiting}, "short", "In the engines' queues and before them.", True),
             Panel("Output", {"": rate("vllm:generation_tokens_total", where)}, "tps", "Tokens a second.", True),
             Panel(
                 "KV cache in use",
@@ -75,6 +76,7 @@ def endpoint_rows() -> dict[str, list[Panel]]:
                 {
                     "running": total("vllm:num_requests_running", where),
                     "waiting": total("vllm:num_requests_waiting", where),
+                    "waiting before the engine": total("vllm_ext_http_requests_queued", where),
                     "in HTTP": total("vllm_ext_http_requests_in_flight", where),
                 },
                 "short",
