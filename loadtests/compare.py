@@ -4,7 +4,7 @@ In every round both sides are measured at the same rate, 80% of what A first ser
 searched anew, from near where it was before. All runs of a round have the same arrivals and lengths, so that both sides
 have the same luck, and texts of their own. Rounds alternate in who goes first, so drift hits both; only one side is
 under load at a time. A run begins with as many requests under way as Little's law asks for, by the time per token of
-the run before, so that long answers need no long warm-up.
+the last run that held, so that long answers need no long warm-up.
 """
 
 import contextlib
@@ -188,14 +188,15 @@ class Comparison:
             seed = self.plan.seed + 1000 * (turn + 1)
             asked = settings, self.plan.objective, rate, seed, next(self.texts)
             done = run(url, *asked, under_way(settings, rate, self.token_seconds[side, profile]))
-            if np.isfinite(done.figures.tpot[0]):
-                self.token_seconds[side, profile] = done.figures.tpot[0]
             if kind == "level":
                 self.level_answers.setdefault((profile, side), []).extend(done.measured)
             samples = self.results.samples[side]
             if self.plan.prometheus:
                 samples = self._scraped(url, done.start, done.start + done.figures.seconds)
-            return self._point(done, samples, side, profile, turn, kind).held
+            held = self._point(done, samples, side, profile, turn, kind).held
+            if held and np.isfinite(done.figures.tpot[0]):  # an overloaded server's tokens take as long as the overload
+                self.token_seconds[side, profile] = done.figures.tpot[0]
+            return held
 
         def at_level() -> None:
             nonlocal held, failed

@@ -116,10 +116,12 @@ def saturate(
             with errors.status(f"{rate:.4g} requests/s"):
                 seeds = asked.seed, next(texts)
                 found = run(url, settings, objective, rate, *seeds, under_way(settings, rate, token_seconds)).figures
-            token_seconds = found.tpot[0] if math.isfinite(found.tpot[0]) else token_seconds
             why = "ended early" if found.given_up else "steady" if found.steady else "not steady"
             errors.print(f"{rate:.4g} requests/s: {found.good:.3f} within the promise, {why}")
-            return found.good >= asked.goodput and found.steady and not found.given_up
+            held = found.good >= asked.goodput and found.steady and not found.given_up
+            if held and math.isfinite(found.tpot[0]):
+                token_seconds = found.tpot[0]
+            return held
 
         print(f"{search(holds, asked.start or served, asked.tolerance):.4g}")
 
