@@ -4,7 +4,7 @@ In every round both sides are measured at the same rate, 80% of what A first ser
 searched anew, from near where it was before. All runs of a round have the same arrivals and lengths, so that both sides
 have the same luck, and texts of their own. Rounds alternate in who goes first, so drift hits both; only one side is
 under load at a time. A run begins with as many requests under way as Little's law asks for, by the time per token of
-the run before, so that long answers need no long warm-up.
+the last run that held, so that long answers need no long warm-up.
 """
 
 import contextlib
@@ -12,28 +12,24 @@ import itertools
 import math
 import platform
 import random
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, Literal
 
 import httpx
 import numpy as np
 
-from loadtests.answer import Answer, Objective, read_answers
-from loadtests.metrics import Sample, Scraper, from_prometheus, scrape
-from loadtests.run import Run, Settings, locust, options, run
+from loadtests.answer import Answer, Objective
+from loadtests.metrics import INTERVAL, Sample, Scraper, from_prometheus, scrape
+from loadtests.run import Run, Settings, requests_under_way, run, warm_up
 from loadtests.saturation import saturate
-from loadtests.statistics import CONFIDENCE, Figures, Ratio, figures, ratio, waited
-from loadtests.workloads import Texts, Workload
+from loadtests.statistics import CONFIDENCE, Figures, Ratio, ratio, waited
 
 SIDES = ("A", "B")
 LEVEL = 0.8
-WARM_UP_USERS = 8
 FIRST_FACTOR = 1.6
 """How fast the first search of a side goes up or down; later ones go by their tolerance."""
 Opened = Callable[[], AbstractContextManager[str]]
@@ -153,24 +149,23 @@ class Comparison:
             with contextlib.suppress(httpx.HTTPError, KeyError, ValueError):
                 found = httpx.get(f"{url}/version", timeout=10, trust_env=False).json()["version"]
                 self.results.versions[f"server {side}"] = str(found)
-            start = time.time()
             if self.plan.prometheus:
-                self._scraped(url, start - 60, start)  # so that what it does not scrape is found out now
-            with contextlib.nullcontext() if self.plan.prometheus else Scraper(url) as scraper:
-                # The runs read these while they are collected.
-                self.results.samples[side], before = (
-                    scraper.samples if scraper else [],
-                    self.results.samples[side],
-                )
+                self._from_prometheus(side, url)  # so that what it does not scrape is found out now
                 yield url
-            after = self.results.samples[side]
-            if self.plan.prometheus:
-                after = self._scraped(url, start, time.time())
-            self.results.samples[side] = before + after
+                return
+            before = self.results.samples[side]
+            with Scraper(url) as scraper:
+                self.results.samples[side] = scraper.samples  # the runs read these while they are collected
+                yield url
+            self.results.samples[side] = before + scraper.samples
 
-    def _scraped(self, url: str, start: float, end: float) -> list[Sample]:
-        """What Prometheus has of that server."""
-        return from_prometheus(self.plan.prometheus, httpx.URL(url).netloc.decode(), start, end)
+    def _from_prometheus(self, side: str, url: str) -> None:
+        """Add what Prometheus has of that server since it was last asked."""
+        samples = self.results.samples[side]
+        now = time.time()
+        start = samples[-1]["time"] + INTERVAL if samples else now
+        if start <= now:
+            samples += from_prometheus(self.plan.prometheus, httpx.URL(url).netloc.decode(), start, now)
 
     def _turn(self, url: str, side: str, profile: str, turn: int, step: Callable[[str], None]) -> None:
         """One side's round of one profile: its latencies at the common rate, and its saturation rate."""
@@ -187,15 +182,15 @@ class Comparison:
             step(f"{name} at {rate:.3g} requests/s")
             seed = self.plan.seed + 1000 * (turn + 1)
             asked = settings, self.plan.objective, rate, seed, next(self.texts)
-            done = run(url, *asked, under_way(settings, rate, self.token_seconds[side, profile]))
-            if np.isfinite(done.figures.tpot[0]):
-                self.token_seconds[side, profile] = done.figures.tpot[0]
+            done = run(url, *asked, requests_under_way(settings, rate, self.token_seconds[side, profile]))
             if kind == "level":
                 self.level_answers.setdefault((profile, side), []).extend(done.measured)
-            samples = self.results.samples[side]
             if self.plan.prometheus:
-                samples = self._scraped(url, done.start, done.start + done.figures.seconds)
-            return self._point(done, samples, side, profile, turn, kind).held
+                self._from_prometheus(side, url)
+            held = self._point(done, side, profile, turn, kind).held
+            if held and np.isfinite(done.figures.tpot[0]):  # an overloaded server's tokens take as long as the overload
+                self.token_seconds[side, profile] = done.figures.tpot[0]
+            return held
 
         def at_level() -> None:
             nonlocal held, failed
@@ -232,21 +227,13 @@ class Comparison:
             return next(iter(before.values()))[-1] * drawn, FIRST_FACTOR
         return self.plan.start or served, FIRST_FACTOR
 
-    def _point(
-        self,
-        measured: Run,
-        samples: Sequence[Sample],
-        side: str,
-        profile: str,
-        turn: int,
-        kind: Literal["search", "level"],
-    ) -> Point:
+    def _point(self, measured: Run, side: str, profile: str, turn: int, kind: Literal["search", "level"]) -> Point:
         figures = measured.figures
         held = figures.good >= self.plan.objective.goodput and not figures.given_up and figures.steady
         end = measured.start + figures.seconds
         usage = [
             sample["kv_cache_usage"]
-            for sample in samples
+            for sample in self.results.samples[side]
             if "kv_cache_usage" in sample and measured.start <= sample["time"] < end
         ]
         point = Point(side, profile, turn, kind, figures, held, float(np.mean(usage)) if usage else math.nan)
@@ -263,34 +250,6 @@ class Comparison:
             self.results.distributions.setdefault(profile, {})[side] = {
                 kind: np.quantile(values, grid).tolist() if len(values) else [] for kind, values in kinds.items()
             }
-
-
-def mean_answer(settings: Settings) -> float:
-    """Tokens of an answer on average."""
-    return Workload(settings.workload, "", settings.api, scale=settings.scale, texts=Texts()).mean_answer
-
-
-def under_way(settings: Settings, rate: float, token_seconds: float) -> int:
-    """Requests in flight at that rate, by Little's law."""
-    return round(rate * mean_answer(settings) * token_seconds)
-
-
-def warm_up(url: str, settings: Settings, seed: int) -> tuple[float, float]:
-    """Ask in a closed loop for as long as a run; returns what it served, as a first guess at saturation.
-
-    In requests a second, counted by their tokens, since long answers do not end in that time; and seconds a token.
-    """
-    seconds = settings.warmup + settings.duration
-    with tempfile.TemporaryDirectory() as folder:
-        records = Path(folder) / "records.jsonl"
-        given = vars(settings) | {"arrival": "closed", "records": records, "seed": seed}
-        users = {"users": WARM_UP_USERS, "spawn_rate": WARM_UP_USERS, "run_time": f"{math.ceil(seconds)}s"}
-        locust(url, options(given | users), limit=seconds + 300)
-        answers = read_answers([records])
-    start = min((answer.sent for answer in answers), default=0.0)
-    found = figures(answers, Objective(math.inf, math.inf), start, start + seconds)
-    served = found.tokens_per_second / mean_answer(settings)
-    return max(served, 1 / seconds), found.tpot[0] if np.isfinite(found.tpot[0]) else 0.0
 
 
 def ratios(results: Results, profile: str) -> dict[str, Ratio]:

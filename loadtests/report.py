@@ -20,7 +20,9 @@ from loadtests.statistics import Ratio
 
 COLOURS = {"A": "#888888", "B": "#1f77b4"}
 LAYOUT: dict[str, Any] = {"template": "plotly_white", "height": 360, "margin": {"l": 60, "r": 20, "t": 50, "b": 50}}
-CONFIG = {"responsive": True, "displaylogo": False}
+CONFIG = {"responsive": True, "displayModeBar": False}
+LOG = {"type": "log", "dtick": "D2", "tickformat": "~g"}
+"""An axis of times: the slowest are many times the usual ones."""
 ROWS = {
     "goodput_ratio": "requests/s within the promise",
     "tokens_per_second_ratio": "output tokens/s there",
@@ -171,8 +173,7 @@ def _profile_plots(results: Results, profile: str) -> dict[str, go.Figure]:
     throughput.update_layout(
         title=f"{profile}: throughput against latency",
         xaxis_title="output tokens/s",
-        yaxis_title="TTFT p95, s",
-        yaxis_type="log",
+        yaxis={"title": "TTFT p95, s", **LOG},
         **LAYOUT,
     )
     goodput.update_layout(
@@ -182,8 +183,9 @@ def _profile_plots(results: Results, profile: str) -> dict[str, go.Figure]:
         **LAYOUT,
     )
     equal = "at equal load"
-    ttft.update_layout(title=f"{profile}: TTFT {equal}", xaxis_title="s", yaxis_title="part of requests", **LAYOUT)
-    itl.update_layout(title=f"{profile}: ITL {equal}", xaxis_title="s", yaxis_title="part of gaps", **LAYOUT)
+    for figure, name, of in ((ttft, "TTFT", "requests"), (itl, "ITL", "gaps")):
+        title = f"{profile}: {name} {equal}"
+        figure.update_layout(title=title, xaxis={"title": "s", **LOG}, yaxis_title=f"part of {of}", **LAYOUT)
     return {"throughput": throughput, "goodput": goodput, "ttft": ttft, "itl": itl}
 
 

@@ -1,5 +1,6 @@
 """One measured run: Locust in a process of its own, and the figures of what it recorded."""
 
+import math
 import subprocess
 import sys
 import tempfile
@@ -13,9 +14,11 @@ import httpx
 
 from loadtests.answer import Answer, Objective, read_answers
 from loadtests.statistics import Figures, figures
+from loadtests.workloads import Texts, Workload
 
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 DRAIN_SECONDS = 120.0
+WARM_UP_USERS = 8
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,34 @@ def run(
         raise ValueError(f"{url}: no request was sent in {wanted.duration:g} s at {rate:g} a second; ask for longer")
     start = _started(answers, wanted, rate, seed) + wanted.warmup
     return Run(figures(answers, objective, start, start + wanted.duration, rate), answers, start)
+
+
+def mean_answer(settings: Settings) -> float:
+    """Tokens of an answer on average."""
+    return Workload(settings.workload, "", settings.api, scale=settings.scale, texts=Texts()).mean_answer
+
+
+def requests_under_way(settings: Settings, rate: float, token_seconds: float) -> int:
+    """Requests in flight at that rate, by Little's law."""
+    return round(rate * mean_answer(settings) * token_seconds)
+
+
+def warm_up(url: str, settings: Settings, seed: int) -> tuple[float, float]:
+    """Ask in a closed loop for as long as a run; returns what it served, as a first guess at saturation.
+
+    In requests a second, counted by their tokens, since long answers do not end in that time; and seconds a token.
+    """
+    seconds = settings.warmup + settings.duration
+    with tempfile.TemporaryDirectory() as folder:
+        records = Path(folder) / "records.jsonl"
+        given = vars(settings) | {"arrival": "closed", "records": records, "seed": seed}
+        users = {"users": WARM_UP_USERS, "spawn_rate": WARM_UP_USERS, "run_time": f"{math.ceil(seconds)}s"}
+        locust(url, options(given | users), limit=seconds + 300)
+        answers = read_answers([records])
+    start = min((answer.sent for answer in answers), default=0.0)
+    found = figures(answers, Objective(math.inf, math.inf), start, start + seconds)
+    served = found.tokens_per_second / mean_answer(settings)
+    return max(served, 1 / seconds), found.tpot[0] if math.isfinite(found.tpot[0]) else 0.0
 
 
 def options(given: Mapping[str, Any]) -> list[str]:

@@ -101,8 +101,7 @@ def saturate(
     workload: Annotated[str, typer.Option("--profile", help="What is asked; see compare.")] = "chat",
 ) -> None:
     """Find the highest rate, in requests a second, at which a server keeps the promise, and print it."""
-    from loadtests.compare import under_way, warm_up
-    from loadtests.run import run
+    from loadtests.run import requests_under_way, run, warm_up
     from loadtests.saturation import saturate as search
 
     with _refusing():
@@ -115,11 +114,15 @@ def saturate(
             nonlocal token_seconds
             with errors.status(f"{rate:.4g} requests/s"):
                 seeds = asked.seed, next(texts)
-                found = run(url, settings, objective, rate, *seeds, under_way(settings, rate, token_seconds)).figures
-            token_seconds = found.tpot[0] if math.isfinite(found.tpot[0]) else token_seconds
+                found = run(
+                    url, settings, objective, rate, *seeds, requests_under_way(settings, rate, token_seconds)
+                ).figures
             why = "ended early" if found.given_up else "steady" if found.steady else "not steady"
             errors.print(f"{rate:.4g} requests/s: {found.good:.3f} within the promise, {why}")
-            return found.good >= asked.goodput and found.steady and not found.given_up
+            held = found.good >= asked.goodput and found.steady and not found.given_up
+            if held and math.isfinite(found.tpot[0]):
+                token_seconds = found.tpot[0]
+            return held
 
         print(f"{search(holds, asked.start or served, asked.tolerance):.4g}")
 
