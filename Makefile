@@ -32,8 +32,8 @@ serve: $(READY)  ## Serve the embedded model with its plan, or with the layers o
 		--host $(HOST) --port $(PORT) $(ARGS)
 
 # 96 MiB of KV cache in blocks of 32 tokens, so that memory binds, as it does on a GPU under load; the same for both.
-COMPARED := --profile generate --ttft 2 --itl 0.2 --warmup 5 --duration 18 --cut --tolerance 0.15 --enforce-eager \
-	--block-size 32 --max-model-len 1152 --max-num-batched-tokens 256 --kv-cache-memory-bytes 100663296
+COMPARED := --profile generate --scale 0.6 --ttft 2 --itl 0.2 --warmup 5 --duration 18 --cut --tolerance 0.15 --enforce-eager \
+	--block-size 32 --max-model-len 1024 --max-num-batched-tokens 256 --kv-cache-memory-bytes 100663296
 compare: $(READY)  ## Load the embedded model and its default plan in turn, and report which serves more: a quarter of an hour
 	@stock=$$($(BIN)/vllm-ext model fetch) && planned=$$($(BIN)/vllm-ext model fetch --planned) && \
 		env --unset=VLLM_CPU_KVCACHE_SPACE $(BIN)/vllm-ext loadtest compare "$$stock" "$$planned" $(COMPARED) $(ARGS)

@@ -19,6 +19,8 @@ from loadtests.workloads import Texts, Workload
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 DRAIN_SECONDS = 120.0
 WARM_UP_USERS = 8
+LEAST_REQUESTS = 8
+"""A run at a low rate takes longer, until it is meant to have so many: one without requests would say nothing."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ def run(
         ValueError: where Locust could not ask at all.
 
     """
-    wanted = replace(settings, warmup=min(settings.warmup, settings.duration))
+    duration = max(settings.duration, LEAST_REQUESTS / rate)
+    wanted = replace(settings, warmup=min(settings.warmup, settings.duration), duration=duration)
     drain(url)
     with tempfile.TemporaryDirectory() as folder:
         records = Path(folder) / "records.jsonl"
