@@ -68,7 +68,8 @@ def test_shapes_are_configurations_of_known_families(tmp_path, name):
     assert planned.plan.skipped == [5]
 
 
-def test_refuses_what_cannot_be_measured(tiny_models, tmp_path):
+def test_refuses_what_cannot_be_measured(tiny_models, tmp_path, monkeypatch):
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # the commands run in this process
     llama = tiny_models("Llama")
     done = run("--shape", "gpt", "--skip", "5", "--enforce-eager")
     assert done.returncode == 2

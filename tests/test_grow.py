@@ -66,7 +66,8 @@ def test_vocabulary(tmp_path):
     assert found["ideal"]["stock"][1] == pytest.approx(2 * found["ideal"]["stock"][0])
 
 
-def test_refuses_what_cannot_be_drawn(tiny_models, tmp_path):
+def test_refuses_what_cannot_be_drawn(tiny_models, tmp_path, monkeypatch):
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # the commands run in this process
     llama, out = tiny_models("Llama"), tmp_path / "picture.png"
     for arguments, told in (
         (("streams", "--model", llama, "--out", out), "--planned is missing"),
