@@ -3,8 +3,7 @@
 *SpeLLM* (arXiv 2507.16323, section 3): head p gives the distribution of the token's p-th character, and a token's score
 is the sum of its characters' log-probabilities. Here a character is a symbol of `vllm_ext/spell/vocabulary.py`, and a
 head has weights only for the symbols that some token has in its place, its *slots*. The score is thus a linear map of
-few numbers, whose matrix has a one for each symbol of each token: the sums of all V tokens are taken in one pass, or
-along a trie where that is faster.
+few numbers, whose matrix has a one for each symbol of each token: the sums of all V tokens are taken in one pass.
 """
 
 from collections.abc import Sequence
@@ -14,10 +13,7 @@ import torch
 from torch import nn
 
 from model_executors.head_plan import HeadShape
-from model_executors.trie import Trie, transposed
 
-FEW_ROWS = 4
-"""Up to so many, a CPU walks the trie."""
 ROWS_AT_ONCE = 32
 """Rows whose sums are taken together: more of them leave a CPU's cache."""
 PAD = -1
@@ -47,7 +43,6 @@ class Spelling(nn.Module):
         self.register_buffer("slots", spellings[spelled].int(), persistent=False)
         self.register_buffer("offsets", (lengths.cumsum(0) - lengths).int(), persistent=False)
         self.register_buffer("grid", torch.cat(grid), persistent=False)
-        self.trie = Trie.of(spellings.numpy())
 
     def log_probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """`[rows, slots]`: each place's logits to its log-probabilities."""
@@ -59,16 +54,11 @@ class Spelling(nn.Module):
         """`[rows, slots]` to every token's score, `[rows, vocab_size]`; in float32."""
         if not len(log_probabilities):
             return log_probabilities.new_empty(0, len(self.offsets), dtype=torch.float32)
-        rows = log_probabilities.float()
-        compiled = rows.device.type == "cpu" and not rows.requires_grad and not torch.compiler.is_compiling()
-        if compiled and len(rows) <= FEW_ROWS:
-            return self.trie.sums(rows)
         parts = [
-            nn.functional.embedding_bag(self.slots, _upright(part), self.offsets, mode="sum")
-            for part in rows.split(ROWS_AT_ONCE)
+            nn.functional.embedding_bag(self.slots, _upright(part), self.offsets, mode="sum").T.contiguous()
+            for part in log_probabilities.float().split(ROWS_AT_ONCE)
         ]
-        turned = [transposed(part) if compiled else part.T.contiguous() for part in parts]
-        return torch.cat(turned) if len(turned) > 1 else turned[0]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def _upright(rows: torch.Tensor) -> torch.Tensor:
