@@ -91,7 +91,7 @@ def test_character_heads_with_words_count_their_rows(client, tmp_path):
     """At an agreement of 0.98 some rows are spelled and some fall back, and /metrics tells which."""
     port = free_port()
     words = tmp_path / "words.txt"
-    words.write_text(" Mississippi\n photosynthesis\n")
+    words.write_text(" quokka\n syzygy\n")
     options = ["--port", str(port), "--served-model-name", "SmolLM2", "--enforce-eager", "--max-model-len", "1024"]
     command = [*COMMAND, "serve", str(fetch_spelled()), "--agreement", "0.98", "--words", str(words), *options]
     with running(command, port) as url:
