@@ -187,10 +187,10 @@ class Comparison:
                 self.level_answers.setdefault((profile, side), []).extend(done.measured)
             if self.plan.prometheus:
                 self._from_prometheus(side, url)
-            held = self._point(done, side, profile, turn, kind).held
-            if held and np.isfinite(done.figures.tpot[0]):  # an overloaded server's tokens take as long as the overload
+            point = self._point(done, side, profile, turn, kind)
+            if point.held and math.isfinite(done.figures.tpot[0]):  # an overloaded server's tell of the overload
                 self.token_seconds[side, profile] = done.figures.tpot[0]
-            return held
+            return point.held
 
         def at_level() -> None:
             nonlocal held, failed
@@ -229,13 +229,13 @@ class Comparison:
 
     def _point(self, measured: Run, side: str, profile: str, turn: int, kind: Literal["search", "level"]) -> Point:
         figures = measured.figures
-        held = figures.good >= self.plan.objective.goodput and not figures.given_up and figures.steady
         end = measured.start + figures.seconds
         usage = [
             sample["kv_cache_usage"]
             for sample in self.results.samples[side]
             if "kv_cache_usage" in sample and measured.start <= sample["time"] < end
         ]
+        held = figures.held(self.plan.objective)
         point = Point(side, profile, turn, kind, figures, held, float(np.mean(usage)) if usage else math.nan)
         self.results.points.append(point)
         return point

@@ -165,11 +165,11 @@ class OpenLoop:
     def requests(self) -> Iterator[tuple[float, Request]]:
         """The share of this process: arrival in seconds, and the request, made before it is due."""
         options, workload = self.session.options, self.session.workload
-        share = slice(self.session.worker, None, self.session.workers)
-        for request in list(workload.under_way(options.under_way))[share]:
+        share = self.session.worker, None, self.session.workers
+        for request in itertools.islice(workload.under_way(options.under_way), *share):
             yield -math.inf, request
         if options.arrival == "trace":
-            yield from list(replay(read_trace(Path(options.trace)), workload))[share]
+            yield from itertools.islice(replay(read_trace(Path(options.trace)), workload), *share)
             return
         arrivals = schedule(options.arrival, options.rate, options.seed, options.burst)
         for number, arrival in enumerate(arrivals):

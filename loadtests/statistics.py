@@ -47,6 +47,11 @@ class Figures:
     given_up: bool
     """Whether it was ended early, over-saturated."""
     steady: bool
+    """Not so where it was ended early."""
+
+    def held(self, objective: Objective) -> bool:
+        """Whether the rate was served within the objective."""
+        return self.steady and self.good >= objective.goodput
 
 
 def figures(answers: Sequence[Answer], objective: Objective, start: float, end: float, rate: float = 0) -> Figures:

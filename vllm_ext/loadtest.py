@@ -119,7 +119,7 @@ def saturate(
                 ).figures
             why = "ended early" if found.given_up else "steady" if found.steady else "not steady"
             errors.print(f"{rate:.4g} requests/s: {found.good:.3f} within the promise, {why}")
-            held = found.good >= asked.goodput and found.steady and not found.given_up
+            held = found.held(objective)
             if held and math.isfinite(found.tpot[0]):
                 token_seconds = found.tpot[0]
             return held

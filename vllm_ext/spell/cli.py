@@ -144,6 +144,7 @@ def time_heads(
     rows: Annotated[list[int] | None, typer.Option(help="Rows of logits at once; by default 1, 4 and 32.")] = None,
 ) -> None:
     """Time a stock head, character heads and a screened head beside each other, with random weights."""
+    from model_executors.head_plan import GROUP
     from vllm_ext.checkpoint import Checkpoint
     from vllm_ext.spell.timing import heads_of, measure, print_measured, random_spellings
 
@@ -156,8 +157,8 @@ def time_heads(
         source = Checkpoint.open(model, weights=True)
         vocab_size, hidden_size = source.config["vocab_size"], source.config["hidden_size"]
         spellings = CharacterVocabulary.of(read_tokenizer(source), vocab_size, positions).spellings
-    if hidden_size % 32:
-        raise UsageError(f"--hidden-size {hidden_size}: the screened head needs a multiple of 32")
+    if hidden_size % GROUP:
+        raise UsageError(f"--hidden-size {hidden_size}: the screened head needs a multiple of {GROUP}")
     chosen = rows or [1, 4, 32]
     medians = measure(heads_of(hidden_size, spellings, positions, width), hidden_size, chosen)
     print_measured(medians, chosen, f"heads of {vocab_size:,} tokens, {hidden_size:,} wide, bfloat16")
@@ -168,12 +169,11 @@ def screened(
     model: Model, tokens: Annotated[int, typer.Option(min=512, help="Tokens of held-out prose.")] = 16384
 ) -> None:
     """Measure how often the shortlist of --head screened misses a token that it should hold, for MODEL."""
+    from model_executors.head_plan import GROUP
     from vllm_ext.checkpoint import Checkpoint
     from vllm_ext.spell.screening import measure, print_missed
 
     source = Checkpoint.open(model, weights=True)
-    if source.config["hidden_size"] % 32:
-        raise UsageError(
-            f"model {model}: hidden_size {source.config['hidden_size']} is no multiple of 32; choose another"
-        )
+    if (hidden_size := source.config["hidden_size"]) % GROUP:
+        raise UsageError(f"model {model}: hidden_size {hidden_size} is no multiple of {GROUP}; choose another")
     print_missed(*measure(source, tokens), source.called)

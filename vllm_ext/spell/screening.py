@@ -35,7 +35,7 @@ class Missed:
 def missed(approximate: torch.Tensor, states: torch.Tensor, weight: torch.Tensor, shortlist: int) -> Missed:
     """`[rows, vocab_size]`, `[rows, hidden_size]` and `[vocab_size, hidden_size]`."""
     exact = states.float() @ weight.float().T
-    screened = rescored(approximate.clone(), states, weight, shortlist)
+    screened = rescored(approximate, states, weight, shortlist)
     listed = torch.zeros_like(exact, dtype=torch.bool)
     listed.scatter_(1, approximate.topk(min(shortlist, exact.shape[1])).indices, value=True)
     probabilities, order = exact.softmax(-1).sort(descending=True)
@@ -54,7 +54,7 @@ def measure(source: Checkpoint, tokens: int) -> tuple[int, Missed]:
     """How many rows, and what their lists miss, on held-out prose."""
     passages = cut(read_tokenizer(source), texts.prose("held_out"), tokens=tokens, length=LENGTH, seed=0)
     model = OfflineModel(source)
-    weight = model.model.get_output_embeddings().weight
+    weight = model.model.get_output_embeddings().weight.float()  # once, not for every part
     copy, parts = Int4Copy(weight), []
     with progress() as bars:
         for passage in bars.track(passages, description="screening"):
