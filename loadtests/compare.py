@@ -24,7 +24,7 @@ import numpy as np
 
 from loadtests.answer import Answer, Objective
 from loadtests.metrics import INTERVAL, Sample, Scraper, from_prometheus, scrape
-from loadtests.run import Run, Settings, requests_under_way, run, warm_up
+from loadtests.run import Pace, Run, Settings, warm_up
 from loadtests.saturation import saturate
 from loadtests.statistics import CONFIDENCE, Figures, Ratio, ratio, waited
 
@@ -102,7 +102,7 @@ class Comparison:
         self.results = Results(plan, described, versions)
         self.level: dict[str, float] = {}
         self.warm: set[tuple[str, str]] = set()
-        self.token_seconds: dict[tuple[str, str], float] = {}
+        self.paces: dict[tuple[str, str], Pace] = {}
         self.texts = itertools.count(plan.seed)
         self.dice = random.Random(plan.seed)
         self.turns = 0
@@ -175,22 +175,20 @@ class Comparison:
         if (side, profile) not in self.warm:
             step(f"{name} warms up")
             self.warm.add((side, profile))
-            served, self.token_seconds[side, profile] = warm_up(url, settings, next(self.texts))
+            served, token_seconds = warm_up(url, settings, next(self.texts))
+            self.paces[side, profile] = Pace(token_seconds)
         held, failed = 0.0, math.inf
 
         def measured(rate: float, kind: Literal["search", "level"]) -> bool:
             step(f"{name} at {rate:.3g} requests/s")
             seed = self.plan.seed + 1000 * (turn + 1)
             asked = settings, self.plan.objective, rate, seed, next(self.texts)
-            done = run(url, *asked, requests_under_way(settings, rate, self.token_seconds[side, profile]))
+            done = self.paces[side, profile].run(url, *asked)
             if kind == "level":
                 self.level_answers.setdefault((profile, side), []).extend(done.measured)
             if self.plan.prometheus:
                 self._from_prometheus(side, url)
-            point = self._point(done, side, profile, turn, kind)
-            if point.held and math.isfinite(done.figures.tpot[0]):  # an overloaded server's tell of the overload
-                self.token_seconds[side, profile] = done.figures.tpot[0]
-            return point.held
+            return self._point(done, side, profile, turn, kind).held
 
         def at_level() -> None:
             nonlocal held, failed

@@ -95,6 +95,21 @@ def run(
     return Run(figures(answers, objective, start, start + wanted.duration, rate), answers, start)
 
 
+@dataclass
+class Pace:
+    """Runs of one server that begin amidst requests, by the seconds it takes for a token."""
+
+    token_seconds: float
+
+    def run(self, url: str, settings: Settings, objective: Objective, rate: float, seed: int, text_seed: int) -> Run:
+        """As `run`; one that held the objective tells the seconds anew, since an overloaded server's tell of that."""
+        under_way = requests_under_way(settings, rate, self.token_seconds)
+        done = run(url, settings, objective, rate, seed, text_seed, under_way)
+        if done.figures.held(objective) and math.isfinite(done.figures.tpot[0]):
+            self.token_seconds = done.figures.tpot[0]
+        return done
+
+
 def mean_answer(settings: Settings) -> float:
     """Tokens of an answer on average."""
     return Workload(settings.workload, "", settings.api, scale=settings.scale, texts=Texts()).mean_answer

@@ -6,7 +6,7 @@ head has weights only for the symbols that some token has in its place, its *slo
 few numbers, whose matrix has a one for each symbol of each token: the sums of all V tokens are taken in one pass.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class Spelling(nn.Module):
     def __init__(self, spellings: torch.Tensor, shape: HeadShape) -> None:
         super().__init__()
         spelled = spellings != PAD
+        self.compiled: Callable[[torch.Tensor], torch.Tensor] | None = None
         self.places, self.widest = len(shape.slots), max(shape.slots)
         lengths = spelled.sum(1)
         starts = (torch.arange(self.places) * self.widest).tolist()
@@ -43,6 +44,12 @@ class Spelling(nn.Module):
         self.register_buffer("slots", spellings[spelled].int(), persistent=False)
         self.register_buffer("offsets", (lengths.cumsum(0) - lengths).int(), persistent=False)
         self.register_buffer("grid", torch.cat(grid), persistent=False)
+
+    def compile_sums(self) -> None:
+        """Take the sums by compiled kernels from now on; see there for which processes that is for."""
+        from model_executors.compiled_sums import CompiledSums
+
+        self.compiled = CompiledSums(self.slots, self.offsets)
 
     def log_probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """`[rows, slots]`: each place's logits to its log-probabilities."""
@@ -52,6 +59,8 @@ class Spelling(nn.Module):
 
     def sums(self, log_probabilities: torch.Tensor) -> torch.Tensor:
         """`[rows, slots]` to every token's score, `[rows, vocab_size]`; in float32."""
+        if self.compiled is not None and len(log_probabilities):
+            return self.compiled(log_probabilities.float())
         if not len(log_probabilities):
             return log_probabilities.new_empty(0, len(self.offsets), dtype=torch.float32)
         parts = [
@@ -108,6 +117,16 @@ class CharacterHead(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`[rows, hidden_size]` to log-probabilities over the vocabulary, `[rows, vocab_size]`, in float32."""
         return self.scores(self.log_probabilities(hidden_states))
+
+
+def with_exact(scores: torch.Tensor, tokens: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """Share out the probability of `tokens` `[rows, k]` among them as the logits `exact` `[rows, k]` have it.
+
+    `scores` `[rows, vocab_size]` are log-probabilities in float32, and are changed in place. Where `tokens` are a row's
+    best, the best of all is one of them afterwards too.
+    """
+    together = scores.gather(1, tokens).logsumexp(-1, keepdim=True)
+    return scores.scatter_(1, tokens, exact.log_softmax(-1) + together)
 
 
 def slots_of(spellings: Sequence[Sequence[int]], places: int) -> tuple[torch.Tensor, tuple[int, ...]]:

@@ -61,7 +61,7 @@ class AttentionPlanDecoder(nn.Module):
             self._change_layer(layer, vllm_config)
         if get_pp_group().is_last_rank:
             self._defer_upper_layers(vllm_config)
-            self.head = head_of(vllm_config)
+            self.head = head_of(vllm_config, self)
             screen(getattr(self, "lm_head", None), vllm_config)
         if self.head is not None:
             self.fitted |= self.head.tensors

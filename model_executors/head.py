@@ -4,6 +4,7 @@ Each is called with the last states and the stock head, which it asks for the ro
 """
 
 import math
+import multiprocessing
 import time
 from collections.abc import Callable
 
@@ -12,7 +13,8 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 
-from model_executors.character_head import CharacterHead
+from model_executors.character_head import CharacterHead, with_exact
+from model_executors.exact_rows import ExactRows
 from model_executors.head_metrics import HeadMetrics
 from model_executors.head_plan import HeadPlan, head_tensor_name
 from model_executors.spelled_rows import spelled_rows
@@ -24,12 +26,18 @@ StockHead = Callable[[torch.Tensor], torch.Tensor | None]
 class SpellingHead(nn.Module):
     """Character heads (*SpeLLM*, arXiv 2507.16323); rows whose spelling is unsure go to the stock head.
 
+    The stock head's own rows score the best spelled tokens where the plan says so.
+
     Every tensor-parallel rank holds all of them. Which rows fall back is read on the host where there is a threshold,
     since the stock head runs for these rows only.
     """
 
-    def __init__(self, plan: HeadPlan, vllm_config: VllmConfig) -> None:
+    def __init__(self, plan: HeadPlan, vllm_config: VllmConfig, exact: ExactRows | None) -> None:
         super().__init__()
+        self.exact, self.shortlist = exact, plan.shortlist
+        # In a worker of vLLM's and nowhere else, and not beside vLLM's n-gram proposer, which has numba's threads.
+        ngrams = vllm_config.speculative_config is not None and vllm_config.speculative_config.method == "ngram"
+        self.compiles = multiprocessing.parent_process() is not None and not ngrams
         config = vllm_config.model_config
         shape = plan.shape(config.get_hidden_size(), config.get_vocab_size())
         assert isinstance(config.dtype, torch.dtype)
@@ -46,6 +54,8 @@ class SpellingHead(nn.Module):
     def loaded(self) -> None:
         """To be called once the tensors are there."""
         self.heads.spell()
+        if self.compiles and self.heads.weight.device.type == "cpu":
+            self.heads.spelling.compile_sums()
 
     def begin(self) -> None:
         """To be called in every forward pass of the model, whose metadata tell how far each request is."""
@@ -65,19 +75,30 @@ class SpellingHead(nn.Module):
         if self.rows is not None:
             self.rows.keep(places)
         scores = self.heads.scores(places)
+        if self.exact is not None:
+            tokens = scores.topk(min(self.shortlist, scores.shape[1]), sorted=False).indices
+            with_exact(scores, tokens, self.exact(hidden_states, tokens))
         best = scores.amax(-1)
         unsure = (best < math.log(self.threshold)).nonzero()[:, 0] if self.threshold else best.new_empty(0)
         if len(unsure):
-            exact = stock(hidden_states[unsure])
-            if exact is None:
+            logits = stock(hidden_states[unsure])
+            if logits is None:
                 return None
-            scores[unsure] = exact.float()
+            scores[unsure] = logits.float()
         self.metrics.count(len(hidden_states) - len(unsure), len(unsure), time.perf_counter() - start)
         self.metrics.observe(best)
         return scores
 
 
-def head_of(vllm_config: VllmConfig) -> SpellingHead | None:
-    """The character heads that the model's configuration asks for; None where the stock head is asked."""
+def head_of(vllm_config: VllmConfig, model: nn.Module) -> SpellingHead | None:
+    """The character heads that the model's configuration asks for; None where the stock head is asked.
+
+    Raises:
+        ValueError: where the stock head's rows are needed and cannot be read.
+
+    """
     plan = HeadPlan.from_hf_config(vllm_config.model_config.hf_config)
-    return SpellingHead(plan, vllm_config) if plan.kind == "char" else None
+    if not plan.spells:
+        return None
+    stock = (getattr(model, name, None) for name in ("lm_head", "logits_processor"))
+    return SpellingHead(plan, vllm_config, ExactRows(*stock) if plan.kind == "rescored" else None)

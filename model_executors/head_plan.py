@@ -11,8 +11,11 @@ GROUP = 32
 SPELLING_BYTES = 2
 """Of a slot's number."""
 
-Kind = Literal["stock", "char", "screened"]
+Kind = Literal["stock", "char", "rescored", "screened"]
+"""`char` spells the next token, and `rescored` spells a shortlist that the stock head's own rows score."""
 KINDS: tuple[Kind, ...] = get_args(Kind)
+SPELLING: tuple[Kind, ...] = ("char", "rescored")
+"""Those with character heads."""
 
 
 @dataclass(frozen=True)
@@ -69,21 +72,28 @@ class HeadPlan:
     margin: float = 0.0
     """By how many nats a longer string may be spelled worse than its first token, and still be offered."""
     shortlist: int = 256
-    """Of the screened head: how many tokens it scores in full."""
+    """Of the rescored and the screened head: how many tokens get their exact scores."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"head is {self.kind!r}; use one of {', '.join(KINDS)}")
-        if self.kind == "char" and not self.slots:
-            raise ValueError("head is char but the checkpoint has no character heads; train them with vllm-ext spell")
+        if self.spells and not self.slots:
+            raise ValueError(
+                f"head is {self.kind} but the checkpoint has no character heads; train them with vllm-ext spell"
+            )
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"threshold is {self.threshold!r}; it is a probability, from 0 to 1")
-        if self.words and (self.kind != "char" or self.threshold == 1):
+        if self.words and (not self.spells or self.threshold == 1):
             raise ValueError(
                 f"words {self.words!r}: nothing is spelled here; use character heads, and a threshold below 1"
             )
         if self.shortlist < 1:
             raise ValueError(f"shortlist is {self.shortlist!r}; choose 1 or more")
+
+    @property
+    def spells(self) -> bool:
+        """Whether it has character heads."""
+        return self.kind in SPELLING
 
     @classmethod
     def from_hf_config(cls, hf_config: Any) -> Self:

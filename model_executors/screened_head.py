@@ -7,6 +7,7 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
+from model_executors.exact_rows import exact_scores, require_weight
 from model_executors.head_metrics import HeadMetrics
 from model_executors.head_plan import GROUP, HeadPlan
 from model_executors.whole_rows import whole_rows
@@ -56,7 +57,7 @@ def rescored(
     if shortlist >= approximate.shape[1]:
         return hidden_states.float() @ weight.float().T
     tokens = approximate.topk(shortlist, sorted=False).indices
-    exact = (weight[tokens].float() @ hidden_states.float()[:, :, None])[:, :, 0]
+    exact = exact_scores(hidden_states, weight, tokens)
     lowest = exact.amin(1, keepdim=True)
     return torch.minimum(approximate, lowest).scatter_(1, tokens, exact)
 
@@ -99,8 +100,7 @@ def screen(head: Any, vllm_config: VllmConfig) -> None:
     plan = HeadPlan.from_hf_config(vllm_config.model_config.hf_config)
     if plan.kind != "screened":
         return
-    if type(getattr(head, "quant_method", None)) is not UnquantizedEmbeddingMethod:
-        raise ValueError("--head screened: the model's head is quantized, or none that can be screened; drop it")
+    require_weight(head, "screened")
     if head.embedding_dim % GROUP:
         raise ValueError(f"--head screened: hidden_size {head.embedding_dim} is no multiple of {GROUP}; drop it")
     head.quant_method = ScreenedMethod(plan.shortlist, vllm_config)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from model_executors.attention_plan import LayerPlan
 from model_executors.character_head import slots_of
-from model_executors.head_plan import HeadPlan, HeadShape, head_tensor_name
+from model_executors.head_plan import HeadPlan, HeadShape, Kind, head_tensor_name
 from tests.fitted import write_random
 from tests.reference import Reference
 from vllm_ext.checkpoint import Checkpoint, Trained, write_planned
@@ -18,6 +18,7 @@ from vllm_ext.fit import Fit
 
 PLACES = 4
 LETTERS = 7
+SHORTLIST = 24
 
 
 def random_spellings(tokens: int, seed: int = 0) -> list[tuple[int, ...]]:
@@ -41,11 +42,13 @@ def random_tensors(shape: HeadShape, spellings: torch.Tensor, seed: int = 0) -> 
     return {"spellings": spellings, **tensors}
 
 
-def write_spelled(stock: Path, out: Path, changes: Mapping[int, LayerPlan], threshold: float = 0.0) -> Path:
+def write_spelled(
+    stock: Path, out: Path, changes: Mapping[int, LayerPlan], threshold: float = 0.0, kind: Kind = "char"
+) -> Path:
     """Write `stock` with a random plan as `write_random` does, and random character heads."""
     source = Checkpoint.open(str(stock), weights=True)
     spellings, slots = slots_of(random_spellings(source.config["vocab_size"]), PLACES)
-    head = HeadPlan("char", slots=slots, width=24, threshold=threshold)
+    head = HeadPlan(kind, slots=slots, width=24, threshold=threshold, shortlist=SHORTLIST)
     shape = head.shape(source.config["hidden_size"], source.config["vocab_size"])
     tensors = {head_tensor_name(name): each for name, each in random_tensors(shape, spellings).items()}
     planned = write_random(stock, out.with_name(f"{out.name}-without"), changes)
@@ -66,6 +69,17 @@ def spelled_logprobs(tensors: Mapping[str, torch.Tensor], slots: tuple[int, ...]
     return torch.stack(scores).log_softmax(0)
 
 
+def rescored_row(spelled: torch.Tensor, exact: torch.Tensor, shortlist: int) -> torch.Tensor:
+    """`[vocab_size]`: the best spelled tokens keep their probability together, and share it as `exact` has it."""
+    best = sorted(range(len(spelled)), key=spelled.tolist().__getitem__, reverse=True)[:shortlist]
+    together = sum(math.exp(spelled[token]) for token in best)
+    weights = [math.exp(exact[token]) for token in best]
+    row = spelled.clone()
+    for token, weight in zip(best, weights, strict=True):
+        row[token] = math.log(together * weight / sum(weights))
+    return row
+
+
 class SpelledReference(Reference):
     """A model whose head spells, and falls back to its own head below a threshold."""
 
@@ -82,9 +96,11 @@ class SpelledReference(Reference):
         """`[num_tokens, vocab_size]`"""
         states = self.model.model(torch.tensor([tokens]), use_cache=False).last_hidden_state[0]
         rows = [spelled_logprobs(self.tensors, self.head.slots, state) for state in states]
+        stock = self.model.lm_head(states).float().log_softmax(-1)
+        if self.head.kind == "rescored":
+            rows = [rescored_row(row, exact, self.head.shortlist) for row, exact in zip(rows, stock, strict=True)]
         unsure = [row.max().exp().item() < self.head.threshold or self.head.threshold == 1 for row in rows]
         self.fallbacks += unsure[-1]
-        stock = self.model.lm_head(states).float().log_softmax(-1)
         return torch.stack(
             [stock[i] if below else row for i, (row, below) in enumerate(zip(rows, unsure, strict=True))]
         )

@@ -7,7 +7,9 @@ import sys
 
 import pytest
 
+from model_executors.attention_plan import LayerPlan
 from vllm_ext.bench.cli import app
+from vllm_ext.bench.command import Settings, Variant, measure
 from vllm_ext.bench.report import Row, interval
 from vllm_ext.bench.shapes import SHAPES, write_shape
 from vllm_ext.bench.work import Step, Work
@@ -57,7 +59,6 @@ def test_intervals_are_over_rounds():
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes_are_configurations_of_known_families(tmp_path, name):
-    from model_executors.attention_plan import LayerPlan
     from vllm_ext.bench.command import Checkpoint, shape_of
 
     checkpoint = Checkpoint.open(str(write_shape(name, tmp_path / "stock")), weights=False)
@@ -112,3 +113,22 @@ def test_measures_and_ends_with_json(tiny_models, tmp_path):
     assert rows["KV-cache capacity"]["gain"] == pytest.approx(1.5, rel=0.01)
     assert rows["prefill:64"]["share"] == pytest.approx(rows["prefill:64"]["gain"] / rows["prefill:64"]["ideal"])
     assert "share: the gain by the ideal one" in " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize("head", ["char", "rescored"])
+def test_a_shape_with_character_heads(head, tmp_path, monkeypatch):
+    """Its weights are written, at random; a small shape stands in for the models' own, which take minutes."""
+    small = {"vocab_size": 2048, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    monkeypatch.setitem(
+        SHAPES, "small", SHAPES["llama-3.2-1b"] | small | {"num_attention_heads": 2, "num_key_value_heads": 1}
+    )
+    settings = Settings(("decode:2x16",), 1, 1)
+    options = ["--enforce-eager", "--dtype", "float32"]
+    found, made = measure(None, "small", Variant(f"--head {head}", None, None, head), settings, options, tmp_path)
+    rows = {row.name: row for row in found}
+    assert rows["decode:2x16"].stock > 0
+    assert rows["decode:2x16"].variant > 0
+    assert rows["KV-cache capacity"].gain == 1
+    assert made["variant"] == f"--head {head}"
+    with pytest.raises(UsageError, match=f"--shape with --head {head}: measure a plan's layers by themselves"):
+        measure(None, "small", Variant("", {1: LayerPlan("skip")}, None, head), settings, options, tmp_path / "other")

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model_executors.character_head import PAD, CharacterHead, slots_of
+from model_executors.character_head import PAD, CharacterHead, slots_of, with_exact
 from model_executors.head_plan import HeadShape
-from tests.spelled import PLACES, random_spellings, random_tensors, spelled_logprobs
+from tests.spelled import PLACES, random_spellings, random_tensors, rescored_row, spelled_logprobs
 
 HIDDEN = 16
 
@@ -66,6 +66,18 @@ def test_equal_spellings_tie_and_the_first_token_wins():
     scores = head(torch.randn(50, HIDDEN))
     assert torch.equal(scores[:, 0], scores[:, 2])
     assert set(scores.argmax(-1).tolist()) == {0, 1}
+
+
+@pytest.mark.parametrize("shortlist", [1, 7, 39, 40])
+def test_listed_tokens_share_their_probability_by_exact_scores(shortlist):
+    chosen = torch.Generator().manual_seed(shortlist)
+    scores, exact = (torch.randn(3, 40, generator=chosen).log_softmax(-1) for _ in range(2))
+    tokens = scores.topk(shortlist, sorted=False).indices
+    expected = torch.stack([rescored_row(row, its, shortlist) for row, its in zip(scores, exact, strict=True)])
+    found = with_exact(scores.clone(), tokens, exact.gather(1, tokens))
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found.exp().sum(-1), torch.ones(3))
+    assert all(best in listed for best, listed in zip(found.argmax(-1).tolist(), tokens.tolist(), strict=True))
 
 
 def test_slots_are_numbered_place_after_place():

@@ -100,7 +100,7 @@ def test_what_it_writes_is_served(converted):
 def test_says_how_it_was_made(converted):
     provenance = converted.config["vllm_ext"]["training"]
     assert provenance["tokens"] == 512
-    assert provenance["judged"]["tokens"] == 64
+    assert provenance["judged"]["rescored"]["tokens"] == 64
     assert [row["agreement"] for row in provenance["calibration"]][-1] == 1.0
     for row in provenance["calibration"]:
         assert row["reached"] >= row["agreement"]
@@ -176,7 +176,7 @@ def test_heals_a_skipping_plan_with_the_stock_head(model, text, tmp_path):
     healed = trained(model, text, tmp_path / "healed", *options, "--steps", "300")
     assert healed.plan == source.planned(dict.fromkeys((3, 4, 5), LayerPlan("skip")))
     assert healed.head.kind == "stock"
-    before, after = (each.config["vllm_ext"]["training"]["judged"]["divergence"] for each in (begun, healed))
+    before, after = (each.config["vllm_ext"]["training"]["judged"]["stock"]["divergence"] for each in (begun, healed))
     assert after < before
     curve = (tmp_path / "healed-training" / "curve.jsonl").read_text().splitlines()
     first, last = (json.loads(line)["loss"] for line in (curve[0], curve[-1]))
@@ -203,7 +203,7 @@ def test_the_places_cross_entropy_is_another_loss(model, text, tmp_path):
     lines = (tmp_path / "out-training" / "curve.jsonl").read_text().splitlines()
     first, last = (json.loads(line)["loss"] for line in (lines[0], lines[-1]))
     assert last < first
-    assert made.head.kind == "char"
+    assert made.head.kind == "rescored"
 
 
 @pytest.mark.parametrize(

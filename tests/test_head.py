@@ -1,6 +1,7 @@
 """Character heads in the real engine, beside every kind of layer and in every way it is run."""
 
 import re
+from functools import cache
 
 import pytest
 import torch
@@ -27,15 +28,16 @@ def spelled(tiny_models, tmp_path_factory):
     """The tiny Llama with a plan, random heads and a threshold."""
     root = tmp_path_factory.mktemp("spelled")
 
-    def folder(name, threshold):
-        out = root / f"{name}-{threshold}"
+    def folder(name, threshold, kind="char"):
+        out = root / f"{name}-{threshold}-{kind}"
         if not out.exists():
-            write_spelled(tiny_models("Llama"), out, PLANS[name], threshold)
+            write_spelled(tiny_models("Llama"), out, PLANS[name], threshold, kind)
         return out
 
     return folder
 
 
+@cache
 def expected_of(folder, name):
     """What the plain loop answers, and how many of its last rows fell back."""
     reference = SpelledReference(folder, PLANS[name])
@@ -64,18 +66,33 @@ def test_at_a_threshold_of_one_it_is_the_stock_head(spelled, name):
     assert_same(given, [reference.answer(prompt, NEW_TOKENS) for prompt in prompts(LENGTHS)])
 
 
+@pytest.mark.parametrize(("name", "threshold"), [("full", 0.0), ("tail", 0.3)])
+def test_exact_scores_of_the_best_spelled(spelled, name, threshold):
+    """The stock head's rows decide among them; without them the answers are others."""
+    folder = spelled(name, threshold, "rescored")
+    expected, fallbacks = expected_of(folder, name)
+    assert fallbacks == 0 if threshold == 0 else 0 < fallbacks < len(LENGTHS) * (NEW_TOKENS + 1)
+    assert [each.tokens for each in expected] != [
+        each.tokens for each in expected_of(spelled(name, threshold), name)[0]
+    ]
+    with engine(folder) as llm:
+        given = answers(llm, prompts(LENGTHS))
+    assert_same(given, expected)
+
+
 def test_compiled_for_one_sequence_at_a_time(spelled):
     expected, _ = expected_of(spelled("tail", 0.3), "tail")
     with engine(spelled("tail", 0.3), enforce_eager=False, max_num_seqs=1) as llm:
         assert_same(answers(llm, prompts(LENGTHS)), expected)
 
 
-@pytest.mark.parametrize("split", ["tensor", "pipeline"])
-def test_on_two_ranks(spelled, monkeypatch, split):
+@pytest.mark.parametrize(("split", "kind"), [("tensor", "char"), ("tensor", "rescored"), ("pipeline", "rescored")])
+def test_on_two_ranks(spelled, monkeypatch, split, kind):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    expected, _ = expected_of(spelled("tail", 0.3), "tail")
+    folder = spelled("tail", 0.3, kind)
+    expected, _ = expected_of(folder, "tail")
     settings = {f"{split}_parallel_size": 2, "distributed_executor_backend": "mp"}
-    with engine(spelled("tail", 0.3), **settings, enforce_eager=split == "tensor") as llm:
+    with engine(folder, **settings, enforce_eager=split == "tensor") as llm:
         assert_same(answers(llm, prompts(LENGTHS)), expected)
 
 

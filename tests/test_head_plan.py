@@ -13,6 +13,7 @@ HEADS = [
     HeadPlan(),
     HeadPlan("screened", shortlist=16),
     HeadPlan("char", slots=(5, 3), width=7, threshold=0.5),
+    HeadPlan("rescored", slots=(5, 3), shortlist=8),
 ]
 
 
@@ -28,7 +29,7 @@ def test_no_entry_is_the_stock_head():
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ("tree", "head is 'tree'; use one of stock, char, screened"),
+        ("tree", "head is 'tree'; use one of stock, char, rescored, screened"),
         ("char", "the checkpoint has no character heads"),
         ({"kind": "char", "slots": [3], "threshold": 2}, "threshold is 2; it is a probability"),
         ({"kind": "screened", "shortlist": 0}, "shortlist is 0"),

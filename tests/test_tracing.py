@@ -12,8 +12,9 @@ from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from model_executors.attention_plan import LayerPlan
-from model_executors.character_head import CharacterHead
+from model_executors.character_head import CharacterHead, with_exact
 from model_executors.consolidation import Consolidation
+from model_executors.exact_rows import exact_scores
 from model_executors.freeze import FrozenUpper, select_rows
 from model_executors.head_plan import HeadShape
 from model_executors.screened_head import Int4Copy, rescored
@@ -153,3 +154,11 @@ def test_character_heads():
         parameter.data.copy_(spellings if name == "spellings" else torch.randn(parameter.shape))
     heads.spell()
     assert graphs_of(heads.forward, 3, 5, 9) == 1
+    weight = torch.randn(50, HIDDEN)
+
+    def rescored_best(given):
+        scores = heads(given)
+        tokens = scores.topk(8, sorted=False).indices
+        return with_exact(scores, tokens, exact_scores(given, weight, tokens))
+
+    assert graphs_of(rescored_best, 3, 5, 9) == 1

@@ -270,15 +270,17 @@ def quality(
     seed: Annotated[int, typer.Option(help="For which passages, capitals and sums those are.")] = 0,
 ) -> None:
     """Measure what plans cost, beside the stock MODEL: prose, capitals, sums; options of `vllm serve` go to all."""
+    from model_executors.head_plan import SPELLING
     from vllm_ext.layers import layer_plans
     from vllm_ext.quality.command import Candidate
     from vllm_ext.quality.command import quality as run
     from vllm_ext.quality.work import Settings
 
-    candidates = [Candidate(Path(folder).name, folder) for folder in planned or []]
+    spelling, head = (head, None) if head in SPELLING else (None, head)
+    candidates = [Candidate(Path(folder).name, folder, None, spelling) for folder in planned or []]
     for folder in planned or []:
         for each in agreement or []:
-            candidates.append(Candidate(f"{Path(folder).name} at {each:g}", folder, None, "char", each))
+            candidates.append(Candidate(f"{Path(folder).name} at {each:g}", folder, None, spelling, each))
     overlaid = {"skip": skip, "freeze": freeze, "head": head}
     given = [f"{option} {value}" for option, value in overlaid.items() if value is not None]
     if given:

@@ -70,12 +70,16 @@ def _in_vllm() -> Iterator[Finding]:
         from vllm.platforms import current_platform
         from vllm.plugins import load_general_plugins
 
+        from vllm_ext.offline import slow_on_cpu
+
         load_general_plugins()
         known = set(ModelRegistry.get_supported_archs())
     except Exception as error:  # whatever keeps vLLM from importing is the finding
         yield Finding("import vllm", type(error).__name__, f"{error}; remove packages built for another torch")
         return
-    yield Finding("platform", current_platform.device_name or "unknown")
+    name = current_platform.device_name or "unknown"
+    slow = current_platform.is_cpu() and slow_on_cpu(torch.bfloat16)
+    yield Finding("platform", name + " (bfloat16 is slow here: serve with --dtype float32)" * slow)
     for family in FAMILIES.values():
         registered = family.planned_architecture in known
         cure = None if registered else "vLLM does not list it; see the log above for what kept the plugin from loading"

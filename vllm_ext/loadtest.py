@@ -7,7 +7,6 @@ import contextlib
 import functools
 import inspect
 import itertools
-import math
 import shlex
 import signal
 import sys
@@ -101,7 +100,7 @@ def saturate(
     workload: Annotated[str, typer.Option("--profile", help="What is asked; see compare.")] = "chat",
 ) -> None:
     """Find the highest rate, in requests a second, at which a server keeps the promise, and print it."""
-    from loadtests.run import requests_under_way, run, warm_up
+    from loadtests.run import Pace, warm_up
     from loadtests.saturation import saturate as search
 
     with _refusing():
@@ -109,20 +108,14 @@ def saturate(
         texts = itertools.count(asked.seed)
         with errors.status("warms up"):
             served, token_seconds = warm_up(url, settings, next(texts))
+        pace = Pace(token_seconds)
 
         def holds(rate: float) -> bool:
-            nonlocal token_seconds
             with errors.status(f"{rate:.4g} requests/s"):
-                seeds = asked.seed, next(texts)
-                found = run(
-                    url, settings, objective, rate, *seeds, requests_under_way(settings, rate, token_seconds)
-                ).figures
+                found = pace.run(url, settings, objective, rate, asked.seed, next(texts)).figures
             why = "ended early" if found.given_up else "steady" if found.steady else "not steady"
             errors.print(f"{rate:.4g} requests/s: {found.good:.3f} within the promise, {why}")
-            held = found.held(objective)
-            if held and math.isfinite(found.tpot[0]):
-                token_seconds = found.tpot[0]
-            return held
+            return found.held(objective)
 
         print(f"{search(holds, asked.start or served, asked.tolerance):.4g}")
 

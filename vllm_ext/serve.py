@@ -19,7 +19,7 @@ from typing import Any, Literal
 import psutil
 
 from model_executors.attention_plan import CONFIG_KEY, LayerPlan
-from model_executors.head_plan import HeadPlan
+from model_executors.head_plan import SPELLING, HeadPlan
 from model_executors.head_plan import Kind as HeadKind
 from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.errors import UsageError
@@ -255,14 +255,15 @@ def head_plan(checkpoint: Checkpoint, head: HeadKind | None, agreement: float | 
     """
     written = checkpoint.head
     if head is not None and head != written.kind:
-        if head == "char":
-            raise UsageError(f"--head char: {checkpoint.name} has no character heads; train them with vllm-ext spell")
-        written = HeadPlan(head)
+        if head in SPELLING and not written.slots:
+            raise UsageError(f"--head {head}: {checkpoint.name} has no character heads; train them with vllm-ext spell")
+        written = replace(written, kind=head) if head in SPELLING else HeadPlan(head)
     if agreement is None:
         return written
-    if written.kind != "char":
+    if not written.spells:
         raise UsageError(f"--agreement {agreement:g}: it is for character heads; add --head char, or drop it")
-    known = {row["agreement"]: row for row in checkpoint.config[CONFIG_KEY]["training"]["calibration"]}
+    calibrated = checkpoint.config[CONFIG_KEY]["training"]["calibration"]
+    known = {row["agreement"]: row for row in calibrated if row.get("head", "char") == written.kind}
     if agreement not in known:
         choices = ", ".join(f"{each:g}" for each in sorted(known))
         raise UsageError(f"--agreement {agreement:g}: {checkpoint.name} was calibrated for {choices}; take one of them")

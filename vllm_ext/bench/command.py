@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from model_executors.attention_plan import AttentionPlan, LayerPlan
-from model_executors.head_plan import HeadPlan
+from model_executors.head_plan import SPELLING, HeadPlan
 from model_executors.head_plan import Kind as HeadKind
 from vllm_ext.bench import machine
 from vllm_ext.bench.ideal import Shape
@@ -78,9 +78,11 @@ def pair(
     if shape is not None:
         if variant.folder is not None:
             raise UsageError(f"--planned {variant.folder}: a --shape has no checkpoint; use --skip, --window, --freeze")
-        if variant.head == "char":
+        if variant.head in SPELLING:
             if variant.changes is not None:
-                raise UsageError("--shape with --head char: measure a plan's layers by themselves; drop the layers")
+                raise UsageError(
+                    f"--shape with --head {variant.head}: measure a plan's layers by themselves; drop the layers"
+                )
             model, folder = map(str, write_spelled_shape(shape, scratch))
         else:
             model = folder = str(write_shape(shape, scratch / "stock"))
@@ -161,9 +163,9 @@ def measure(
 ) -> tuple[list[Row], dict[str, Any]]:
     """The rows, and all of it for JSON; raises as `pair` does."""
     two = pair(model, shape, variant, settings, args, scratch)
-    roof = machine.measured()
     measured = rounds(two.candidates, settings.work, settings.count, settings.repeats, settings.seed)
     shape_served = replace(two.shape, element_bytes=measured["stock"][0].element_bytes)
+    roof = machine.measured(shape_served.element_bytes)
     found = rows(measured, settings.work, shape_served, two.plan, two.heads, roof, settings.seed)
     told = {"count": settings.count, "repeats": settings.repeats, "seed": settings.seed, "vllm_args": list(args)}
     return found, report(two.name, variant.described, found, measured, roof, told)

@@ -48,16 +48,16 @@ def sweep(dimension: Dimension, points: Sequence[int], model: str, variant: Vari
     chosen = tuple(points) or POINTS[dimension]
     if min(chosen) < (0 if dimension == "skipped" else 1):
         raise UsageError(f"--point {min(chosen)}: {dimension} cannot be that few")
-    roof = machine.measured()
     if dimension == "vocabulary":
-        return _vocabulary(chosen, roof)
+        return _vocabulary(chosen)
     if dimension == "skipped":
-        return _skipped(chosen, model, args, roof)
+        return _skipped(chosen, model, args)
     work = tuple(f"decode:1x{point}" if dimension == "context" else f"decode:{point}x128" for point in chosen)
     with tempfile.TemporaryDirectory(prefix="vllm-ext-bench-") as scratch:
         two = pair(model, None, variant, Settings(work), args, Path(scratch))
         measured = rounds(two.candidates, work, 1, 1, 0)
     shape = replace(two.shape, element_bytes=measured["stock"][0].element_bytes)
+    roof = machine.measured(shape.element_bytes)
     plans = {"stock": type(two.plan).of(len(two.plan.layers)), "variant": two.plan}
     names = {"stock": "stock", "variant": variant.described}
     heads = dict(zip(plans, two.heads, strict=True))
@@ -78,7 +78,7 @@ def _milliseconds(taken: Sequence[float]) -> float:
     return 1e3 * statistics.median(taken)
 
 
-def _skipped(points: tuple[int, ...], model: str, args: Sequence[str], roof: Machine) -> Sweep:
+def _skipped(points: tuple[int, ...], model: str, args: Sequence[str]) -> Sweep:
     """The top layers skipped, as many as each point says."""
     work = ("prefill:1024", "decode:1x128")
     count = Checkpoint.open(model, weights=False).num_layers
@@ -86,12 +86,14 @@ def _skipped(points: tuple[int, ...], model: str, args: Sequence[str], roof: Mac
         raise UsageError(f"--point {max(points)}: the model has {count} layers and one must attend; choose fewer")
     measured: Lines = {text: [] for text in work}
     ideal: Lines = {text: [] for text in work}
+    roof: Machine | None = None
     with tempfile.TemporaryDirectory(prefix="vllm-ext-bench-") as scratch:
         for point in points:
             changes = {layer: LayerPlan("skip") for layer in range(count - point, count)}
             two = pair(model, None, Variant("", changes), Settings(work), args, Path(scratch))
             (found,) = rounds({f"skip {point}": two.candidates["variant"]}, work, 1, 3, 0)[f"skip {point}"]
             shape = replace(two.shape, element_bytes=found.element_bytes)
+            roof = roof or machine.measured(shape.element_bytes)
             for text in work:
                 measured[text].append(_milliseconds(found.seconds[text]))
                 made = parts(shape, two.plan, two.heads[1], Work.parse(text).steps)
@@ -99,7 +101,7 @@ def _skipped(points: tuple[int, ...], model: str, args: Sequence[str], roof: Mac
     return Sweep("skipped", points, measured, ideal, f"{two.name}: top layers skipped of {count}")
 
 
-def _vocabulary(points: tuple[int, ...], roof: Machine) -> Sweep:
+def _vocabulary(points: tuple[int, ...]) -> Sweep:
     """One row through heads on random weights of hidden size 576; the ideal of the stock head, by its bytes."""
     from vllm_ext.spell.timing import heads_of, measure, random_spellings
 
@@ -109,6 +111,7 @@ def _vocabulary(points: tuple[int, ...], roof: Machine) -> Sweep:
         heads = heads_of(hidden_size, random_spellings(point, places), places, 0)
         for name, (taken,) in measure(heads, hidden_size, [1]).items():
             measured.setdefault(name, []).append(taken)
+    roof = machine.measured()
     ideal = {"stock": [1e3 * point * hidden_size * 2 / roof.bandwidth for point in points]}
     return Sweep("vocabulary", points, measured, ideal, "Heads by themselves: one row, hidden size 576")
 

@@ -153,12 +153,13 @@ def parts(shape: Shape, plan: AttentionPlan, head: HeadPlan, steps: Sequence[Ste
 def _head(shape: Shape, head: HeadPlan, rows: int) -> Part:
     """Of rows that are all answered by the head itself: those that fall back are no part of the ideal."""
     weights = shape.vocab_size * shape.hidden_size
-    if head.kind == "char":
+    if head.spells:
         # The scores of all tokens are sums of one number a place.
         own = head.bytes(shape.hidden_size, shape.vocab_size, shape.element_bytes)
         places = shape.vocab_size * len(head.slots)
         made = sum(head.slots) * shape.hidden_size + 3 * head.width * shape.hidden_size
-        return Part("head", rows * (2 * made + places), own)
+        exact = head.shortlist * shape.hidden_size if head.kind == "rescored" else 0
+        return Part("head", rows * (2 * (made + exact) + places), own + rows * exact * shape.element_bytes)
     if head.kind == "screened" and rows <= SCREENED_ROWS:
         exact = head.shortlist * shape.hidden_size
         own = head.bytes(shape.hidden_size, shape.vocab_size, shape.element_bytes)

@@ -12,8 +12,11 @@ BYTES = 2**29
 REPEATS = 9
 
 
-def measured(dtype: torch.dtype = torch.bfloat16) -> Machine:
-    """Of a product of 1,024 rows with a matrix that a cache can hold, and of reading what is far larger than caches."""
+def measured(element_bytes: int = 2) -> Machine:
+    """Of weights that take so many bytes each: of a product of 1,024 rows with a matrix that a cache can hold, and of
+    reading what is far larger than caches.
+    """
+    dtype = {2: torch.bfloat16, 4: torch.float32}[element_bytes]
     rows, matrix = torch.randn(ROWS, DEEP).to(dtype), torch.randn(WIDE, DEEP).to(dtype)
     large = torch.ones(BYTES // 4)
     with torch.inference_mode():

@@ -1,10 +1,14 @@
 """When to believe a spelling: thresholds of confidence, chosen on held-out text for a stated agreement."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Self
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
 
 import torch
+from rich.console import Console
+from rich.table import Table
+
+from model_executors.head_plan import SPELLING, Kind
 
 AGREEMENTS = (0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 1.0)
 TOPS = (4, 16, 64, 256)
@@ -59,6 +63,12 @@ class Setting:
     """The part of tokens that fall back."""
 
 
+def calibrated(judged: Mapping[Kind, Judged]) -> dict[str, Any]:
+    """What a checkpoint keeps of how its heads did, by kind."""
+    rows = [{"head": kind} | asdict(each) for kind in judged if kind in SPELLING for each in settings(judged[kind])]
+    return {"judged": {kind: each.figures() for kind, each in judged.items()}, "calibration": rows}
+
+
 def settings(judged: Judged, agreements: Sequence[float] = AGREEMENTS) -> list[Setting]:
     """The lowest threshold that reaches each agreement; 1 falls back for all."""
     return [setting(judged, agreement) for agreement in agreements]
@@ -78,3 +88,16 @@ def setting(judged: Judged, agreement: float) -> Setting:
         return Setting(agreement, 1.0, 1.0, 1.0)
     first = reached[0]
     return Setting(agreement, thresholds[first].item(), 1 - left[first].item() / tokens, below[first].item() / tokens)
+
+
+def print_calibrated(found: Mapping[str, Any], name: str) -> None:
+    """How often each kind of head is right, and what falls back for each agreement."""
+    table = Table(title=f"{name}: rows that fall back to the stock head, for an agreement with it")
+    heads = [kind for kind in found["judged"] if kind in SPELLING]
+    for column in ("--agreement", *(f"--head {kind}" for kind in heads)):
+        table.add_column(column, justify="right")
+    table.add_row("without fallback", *(f"agrees {found['judged'][kind]['agreement']:.3f}" for kind in heads))
+    for agreement in AGREEMENTS:
+        rows = {row["head"]: row["fallback"] for row in found["calibration"] if row["agreement"] == agreement}
+        table.add_row(f"{agreement:g}", *(f"{rows[kind]:.3f}" for kind in heads))
+    Console().print(table)

@@ -81,6 +81,26 @@ def train(
         print(out)
 
 
+@app.command("calibrate")
+def calibrate(
+    model: Annotated[str, typer.Argument(help="A checkpoint's folder, with character heads; it is changed.")],
+    text: Annotated[
+        Path | None, typer.Option(help='A .txt, a .jsonl with "text", or a folder of them; by default held-out prose.')
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of it.")] = 32768,
+    written: Annotated[int, typer.Option(min=0, help="Tokens that the model writes itself, beside.")] = 0,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of each passage.")] = 512,
+    seed: Annotated[int, typer.Option(help="For which passages those are.")] = 0,
+) -> None:
+    """Find MODEL's thresholds for --agreement anew, on text like your traffic, and keep them in it."""
+    from vllm_ext.checkpoint import Checkpoint
+    from vllm_ext.spell.calibration import print_calibrated
+    from vllm_ext.spell.recalibration import recalibrate
+
+    source = Checkpoint.open(model, weights=True)
+    print_calibrated(recalibrate(source, text and text.expanduser(), tokens, written, length, seed), source.called)
+
+
 @app.command("words")
 def words(
     model: Annotated[str, typer.Argument(help="A checkpoint's folder, with character heads.")],

@@ -13,8 +13,8 @@ from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 
 from model_executors.attention_plan import CONFIG_KEY, AttentionPlan
-from model_executors.character_head import slots_of
-from model_executors.head_plan import HeadPlan, HeadShape
+from model_executors.character_head import slots_of, with_exact
+from model_executors.head_plan import SPELLING, HeadPlan, HeadShape, Kind
 from vllm_ext import texts
 from vllm_ext.checkpoint import FITTED, Checkpoint, Trained, check_out, write_planned
 from vllm_ext.errors import UsageError
@@ -32,6 +32,8 @@ from vllm_ext.versions import offline_versions
 
 PASSAGES = "passages.safetensors"
 TEXT = "text.json"
+SPELLED_BY: Kind = "rescored"
+"""What a converted checkpoint is served with, unless another head is asked for."""
 HELD_OUT_PART = 10
 """One text in so many of the user's is held out."""
 
@@ -105,18 +107,19 @@ def convert(
     if not processes.is_main_process:
         return None
     student.merge()
-    student.to_dtype(model.model.dtype)
+    student.to_dtype(model.dtype)
     judged = judge(student, kept, held_out)
     provenance = {
         "settings": {**asdict(settings), "text": settings.text and settings.text.name},
         "training": asdict(trained),
         "text": json.loads((work / TEXT).read_text()),
         "tokens": passages.numel(),
-        "judged": judged.figures(),
-        "calibration": [asdict(setting) for setting in calibration.settings(judged)] if head is not None else [],
+        **calibration.calibrated(judged),
         "versions": {**offline_versions(), "accelerate": version("accelerate")},
     }
-    plan_of_head = HeadPlan("char", slots=head.shape.slots, width=head.shape.width) if head is not None else HeadPlan()
+    plan_of_head = (
+        HeadPlan(SPELLED_BY, slots=head.shape.slots, width=head.shape.width) if head is not None else HeadPlan()
+    )
     made = Trained(plan_of_head, student.head_tensors(), student.layer_tensors(), provenance)
     fit = None if not plan.fitted else Fit(fitted, planned.config[CONFIG_KEY]["fit"])  # type: ignore[union-attr]
     write_planned(source, plan, out, fit, made)
@@ -124,17 +127,23 @@ def convert(
 
 
 @torch.no_grad()
-def judge(student: Student, states: States, passages: torch.Tensor) -> calibration.Judged:
-    """How the student does on passages `[passages, length]`, a passage at a time."""
-    parts = []
+def judge(student: Student, states: States, passages: torch.Tensor) -> dict[Kind, calibration.Judged]:
+    """How the student does on passages `[passages, length]`, a passage at a time: by the kind of its head, and where it
+    has character heads, also with the exact scores of the best they spell.
+    """
+    parts: dict[Kind, list[calibration.Judged]] = {kind: [] for kind in (SPELLING if student.head else ("stock",))}
     with progress() as bars:
         for number in bars.track(range(len(passages)), description="judging"):
             entered = None if student.pointwise else student.model.enter(passages[number : number + 1])
             teacher = torch.cat(list(student.model.logits(states.leaving[number]))).log_softmax(-1)
             entering = states.entering[number : number + 1]
             scores = student(entering.flatten(0, 1) if student.pointwise else entering, entered)
-            parts.append(calibration.Judged.of(scores, teacher))
-    return calibration.Judged.join(parts)
+            for kind, judged in parts.items():
+                if kind == "rescored":
+                    tokens = scores.topk(min(HeadPlan.shortlist, scores.shape[1])).indices
+                    with_exact(scores, tokens, teacher.gather(1, tokens))
+                judged.append(calibration.Judged.of(scores, teacher))
+    return {kind: calibration.Judged.join(judged) for kind, judged in parts.items()}
 
 
 def _fitted(planned: Checkpoint | None) -> dict[str, torch.Tensor]:

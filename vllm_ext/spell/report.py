@@ -53,12 +53,17 @@ def curve_picture(points: Sequence[dict[str, float]]) -> Picture:
     return picture
 
 
-def calibration_picture(settings: Sequence[dict[str, float]], judged: dict[str, float]) -> Picture:
+def calibration_picture(settings: Sequence[dict[str, Any]], judged: dict[str, dict[str, float]]) -> Picture:
     """How many rows fall back for an agreement."""
     picture = Picture(figsize=(7, 3.2), layout="constrained")
     panel = picture.subplots()
-    points = sorted({(judged["agreement"], 0.0)} | {(each["reached"], each["fallback"]) for each in settings})
-    panel.plot([100 * reached for reached, _ in points], [100 * fallback for _, fallback in points], "o-")
+    for kind in dict.fromkeys(each["head"] for each in settings):
+        own = {(each["reached"], each["fallback"]) for each in settings if each["head"] == kind}
+        points = sorted({(judged[kind]["agreement"], 0.0)} | own)
+        panel.plot(
+            [100 * reached for reached, _ in points], [100 * fallback for _, fallback in points], "o-", label=kind
+        )
+    panel.legend()
     panel.set_xlabel("top token as the teacher's, %")
     panel.set_ylabel("rows that fall back, %")
     return picture

@@ -27,6 +27,7 @@ def heads_of(hidden_size: int, spellings: Sequence[Sequence[int]], places: int, 
     for name, parameter in char.named_parameters():
         parameter.data.copy_(found if name == "spellings" else torch.randn(parameter.shape) / 8)
     char.spell()
+    char.spelling.compile_sums()
     copy, shortlist = Int4Copy(weight), HeadPlan.shortlist
     return {
         "stock": lambda states: nn.functional.linear(states, weight),

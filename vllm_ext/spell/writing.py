@@ -7,15 +7,19 @@ import torch
 STAND_IN = "\x00"
 
 
-def write(model: str, tokenizer: Any, passages: int, length: int, seed: int) -> torch.Tensor:
-    """`[passages, length]` token ids, sampled by vLLM at temperature 1.
+def write(
+    model: str, tokenizer: Any, passages: int, length: int, seed: int, overrides: dict[str, Any] | None = None
+) -> torch.Tensor:
+    """`[passages, length]` token ids, sampled by vLLM at temperature 1, `overrides` being of the configuration.
 
     A model with a chat template first writes what a user could ask, as in *Magpie* (arXiv 2406.08464), then its answer.
     """
     from vllm import LLM, SamplingParams, TokensPrompt
 
     start = opening(tokenizer)
-    engine = LLM(model, max_model_len=length, seed=seed, disable_log_stats=True, enforce_eager=True)
+    engine = LLM(
+        model, max_model_len=length, seed=seed, disable_log_stats=True, enforce_eager=True, hf_overrides=overrides or {}
+    )
     # No seed for each request: on a CPU vLLM 0.32 fails over one.
     sampling = SamplingParams(max_tokens=length - len(start), ignore_eos=True, detokenize=False)
     written = engine.generate([TokensPrompt(prompt_token_ids=start)] * passages, sampling)
