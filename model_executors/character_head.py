@@ -123,10 +123,12 @@ def with_exact(scores: torch.Tensor, tokens: torch.Tensor, exact: torch.Tensor) 
     """Share out the probability of `tokens` `[rows, k]` among them as the logits `exact` `[rows, k]` have it.
 
     `scores` `[rows, vocab_size]` are log-probabilities in float32, and are changed in place. Where `tokens` are a row's
-    best, the best of all is one of them afterwards too.
+    best, the best of all is one of them afterwards too. Returns the log-probability that they have together, `[rows]`:
+    how sure it is that none of the others is the best.
     """
     together = scores.gather(1, tokens).logsumexp(-1, keepdim=True)
-    return scores.scatter_(1, tokens, exact.log_softmax(-1) + together)
+    scores.scatter_(1, tokens, exact.log_softmax(-1) + together)
+    return together[:, 0]
 
 
 def slots_of(spellings: Sequence[Sequence[int]], places: int) -> tuple[torch.Tensor, tuple[int, ...]]:

@@ -16,7 +16,8 @@ def require_weight(head: Any, kind: str) -> None:
 
 def exact_scores(hidden_states: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """`[rows, hidden_size]`, `[vocab_size, hidden_size]` and `[rows, k]` to `[rows, k]`."""
-    return (weight[tokens].float() @ hidden_states.float()[:, :, None])[:, :, 0]
+    rows = weight.index_select(0, tokens.flatten()).unflatten(0, tokens.shape).float()
+    return torch.bmm(rows, hidden_states.float()[:, :, None])[:, :, 0]
 
 
 class ExactRows(nn.Module):

@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import time
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -32,12 +33,14 @@ class SpellingHead(nn.Module):
     since the stock head runs for these rows only.
     """
 
+    compiles: ClassVar[bool] = multiprocessing.parent_process() is not None
+    """Whether no other engine starts in this process later, as in vLLM's workers."""
+
     def __init__(self, plan: HeadPlan, vllm_config: VllmConfig, exact: ExactRows | None) -> None:
         super().__init__()
         self.exact, self.shortlist = exact, plan.shortlist
-        # In a worker of vLLM's and nowhere else, and not beside vLLM's n-gram proposer, which has numba's threads.
-        ngrams = vllm_config.speculative_config is not None and vllm_config.speculative_config.method == "ngram"
-        self.compiles = multiprocessing.parent_process() is not None and not ngrams
+        speculation = vllm_config.speculative_config
+        self.ngrams = speculation is not None and speculation.method == "ngram"
         config = vllm_config.model_config
         shape = plan.shape(config.get_hidden_size(), config.get_vocab_size())
         assert isinstance(config.dtype, torch.dtype)
@@ -54,8 +57,8 @@ class SpellingHead(nn.Module):
     def loaded(self) -> None:
         """To be called once the tensors are there."""
         self.heads.spell()
-        if self.compiles and self.heads.weight.device.type == "cpu":
-            self.heads.spelling.compile_sums()
+        if self.compiles and not self.ngrams and self.heads.weight.device.type == "cpu":
+            self.heads.spelling.compile_sums()  # vLLM's n-gram proposer has numba's threads to itself
 
     def begin(self) -> None:
         """To be called in every forward pass of the model, whose metadata tell how far each request is."""
@@ -75,18 +78,19 @@ class SpellingHead(nn.Module):
         if self.rows is not None:
             self.rows.keep(places)
         scores = self.heads.scores(places)
-        if self.exact is not None:
+        if self.exact is None:
+            confidence = scores.amax(-1)
+        else:
             tokens = scores.topk(min(self.shortlist, scores.shape[1]), sorted=False).indices
-            with_exact(scores, tokens, self.exact(hidden_states, tokens))
-        best = scores.amax(-1)
-        unsure = (best < math.log(self.threshold)).nonzero()[:, 0] if self.threshold else best.new_empty(0)
+            confidence = with_exact(scores, tokens, self.exact(hidden_states, tokens))
+        unsure = (confidence < math.log(self.threshold)).nonzero()[:, 0] if self.threshold else scores.new_empty(0)
         if len(unsure):
             logits = stock(hidden_states[unsure])
             if logits is None:
                 return None
             scores[unsure] = logits.float()
         self.metrics.count(len(hidden_states) - len(unsure), len(unsure), time.perf_counter() - start)
-        self.metrics.observe(best)
+        self.metrics.observe(confidence)
         return scores
 
 

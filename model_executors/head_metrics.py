@@ -28,7 +28,10 @@ def _seconds() -> Counter:
 
 @cache
 def _confidence() -> Histogram:
-    name, documentation = "vllm_ext_head_confidence", "Probability of the best spelled token of a row."
+    name, documentation = (
+        "vllm_ext_head_confidence",
+        "Probability of a row's best spelled token, or where those are rescored of all of them.",
+    )
     return Histogram(name, documentation, LABELS, buckets=CONFIDENCES)
 
 
@@ -55,7 +58,7 @@ class HeadMetrics:
         _seconds().labels(self.model_name).inc(seconds)
 
     def observe(self, log_probabilities: torch.Tensor) -> None:
-        """`[rows]`, of each row's best token; on a CPU only, since elsewhere the host would wait for them."""
+        """`[rows]`, by which rows are believed or not; on a CPU only, since elsewhere the host would wait for them."""
         if not self.kept or log_probabilities.device.type != "cpu":
             return
         for probability in log_probabilities.exp().tolist():

@@ -65,8 +65,8 @@ class HeadPlan:
     width: int = 0
     """Of character heads: of the gated block before them; 0 is none."""
     threshold: float = 0.0
-    """Of character heads: rows whose best token is spelled with less probability go to the stock head; 0 is none, 1
-    all."""
+    """Of character heads: rows that they are less sure of go to the stock head; 0 is none, 1 all. How sure is the
+    probability of the best spelled token, or where the shortlist is rescored of all that is on it."""
     words: str = ""
     """Of character heads: a file of longer strings that they spell too, a line each."""
     margin: float = 0.0

@@ -98,8 +98,11 @@ class SpelledReference(Reference):
         rows = [spelled_logprobs(self.tensors, self.head.slots, state) for state in states]
         stock = self.model.lm_head(states).float().log_softmax(-1)
         if self.head.kind == "rescored":
+            sure = [row.exp().sort(descending=True).values[: self.head.shortlist].sum().item() for row in rows]
             rows = [rescored_row(row, exact, self.head.shortlist) for row, exact in zip(rows, stock, strict=True)]
-        unsure = [row.max().exp().item() < self.head.threshold or self.head.threshold == 1 for row in rows]
+        else:
+            sure = [row.max().exp().item() for row in rows]
+        unsure = [each < self.head.threshold or self.head.threshold == 1 for each in sure]
         self.fallbacks += unsure[-1]
         return torch.stack(
             [stock[i] if below else row for i, (row, below) in enumerate(zip(rows, unsure, strict=True))]

@@ -74,7 +74,9 @@ def test_listed_tokens_share_their_probability_by_exact_scores(shortlist):
     scores, exact = (torch.randn(3, 40, generator=chosen).log_softmax(-1) for _ in range(2))
     tokens = scores.topk(shortlist, sorted=False).indices
     expected = torch.stack([rescored_row(row, its, shortlist) for row, its in zip(scores, exact, strict=True)])
-    found = with_exact(scores.clone(), tokens, exact.gather(1, tokens))
+    found = scores.clone()
+    together = with_exact(found, tokens, exact.gather(1, tokens))
+    torch.testing.assert_close(together.exp(), scores.exp().sort(descending=True).values[:, :shortlist].sum(-1))
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(found.exp().sum(-1), torch.ones(3))
     assert all(best in listed for best, listed in zip(found.argmax(-1).tolist(), tokens.tolist(), strict=True))

@@ -230,3 +230,29 @@ def test_does_not_mix_two_runs(model, text, tmp_path):
     result = run(model, text, tmp_path / "out", "--steps", "3")
     assert isinstance(result.exception, UsageError)
     assert "a run with other settings was begun there" in str(result.exception)
+
+
+def test_thresholds_for_other_text(converted, model, text, tmp_path):
+    """They are found anew and kept in the checkpoint; its weights stay, and a model without heads is refused."""
+    folder = tmp_path / "spelled"
+    shutil.copytree(converted.folder, folder)
+    command = ["spell", "calibrate", str(folder), "--text", str(text), "--tokens", "128", "--length", "32"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert "--head rescored" in result.stdout
+    made = Checkpoint.open(str(folder), weights=True)
+    made.check_weights()
+    before, after = (each.config["vllm_ext"] for each in (converted, made))
+    assert after["training"]["calibrated_on"] == {"text": "text.jsonl", "tokens": 128, "written": 0}
+    assert {kind: each["tokens"] for kind, each in after["training"]["judged"].items()} == {
+        "char": 128,
+        "rescored": 128,
+    }
+    kinds = [(row["head"], row["agreement"]) for row in after["training"]["calibration"]]
+    assert kinds == [(row["head"], row["agreement"]) for row in before["training"]["calibration"]]
+    assert {name: after[name] for name in after if name != "training"} == {
+        name: before[name] for name in before if name != "training"
+    }
+    refused = CliRunner().invoke(app, ["spell", "calibrate", str(model)])
+    assert isinstance(refused.exception, UsageError)
+    assert "it has no character heads" in str(refused.exception)

@@ -105,11 +105,11 @@ def test_does_not_take_another_plan_for_it(planned, tmp_path):
 def test_the_spelled_one_has_its_heads_and_their_provenance(tmp_path):
     checkpoint = Checkpoint.open(str(embedded.fetch_spelled(tmp_path / "spelled")), weights=True)
     checkpoint.check_weights()
-    assert checkpoint.head.kind == "char"
+    assert checkpoint.head.kind == "rescored"
     training = checkpoint.config["vllm_ext"]["training"]
-    settings = [row for row in training["calibration"] if row["agreement"] == 0.98]
-    assert settings[0]["reached"] >= 0.98
-    assert 0 < settings[0]["fallback"] < 1
+    settings = {row["head"]: row for row in training["calibration"] if row["agreement"] == 0.98}
+    assert all(each["reached"] >= 0.98 for each in settings.values())
+    assert 0 < settings["rescored"]["fallback"] < settings["char"]["fallback"] < 1
     assert sum(file.stat().st_size for file in embedded.SPELLED.iterdir()) < 20e6
     assert json.loads((embedded.SPELLED / "config.json").read_text())["training"] == training
 

@@ -55,9 +55,9 @@ def bench(
 
     Every process is fresh and holds one engine. The ideal gain follows from the plan, the model's shape and the work
     by a roofline (see vllm_ext/bench/ideal.py); the share is the measured gain by the ideal one. The last line of the
-    output is JSON. The default work takes five minutes for the embedded model and --enforce-eager, and twice that
-    compiled, on an idle machine; on a busy one times mean nothing. On a CPU the KV cache has 1 GiB unless
-    VLLM_CPU_KVCACHE_SPACE says otherwise.
+    output is JSON. Prompts are random, or with --agreement prose, of which character heads can be sure. The default
+    work takes five minutes for the embedded model and --enforce-eager, and twice that compiled, on an idle machine; on
+    a busy one times mean nothing. On a CPU the KV cache has 1 GiB unless VLLM_CPU_KVCACHE_SPACE says otherwise.
     """
     from vllm_ext.bench.command import Settings, Variant
     from vllm_ext.bench.command import bench as run

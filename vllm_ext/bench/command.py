@@ -1,5 +1,6 @@
 """`vllm-ext bench`: what is measured beside what, and the shape that ideals are worked out from."""
 
+import itertools
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,9 @@ from vllm_ext.bench.shapes import write_shape, write_spelled_shape
 from vllm_ext.bench.work import Work
 from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.errors import UsageError
+from vllm_ext.offline import read_tokenizer
 from vllm_ext.serve import head_plan, prepare
+from vllm_ext.texts import prose
 from vllm_ext.versions import vllm_problem
 
 BLOCK = 128
@@ -101,13 +104,20 @@ def pair(
         raise UsageError(f"--planned {variant.folder}: it has no attention plan; write one with vllm-ext plan")
     plan = opened.plan if variant.changes is None else opened.planned(variant.changes)
     heads = (HeadPlan(), head_plan(opened, variant.head, variant.agreement))
+    given = _prose(stock) if 0 < heads[1].threshold < 1 else ()  # on random tokens all rows would be unsure
     return Pair(
         shape or Path(model).name,
-        {"stock": Candidate(model, {}, args), "variant": Candidate(served, overrides, args)},
+        {"stock": Candidate(model, {}, args, given), "variant": Candidate(served, overrides, args, given)},
         shape_of(stock),
         plan or AttentionPlan.of(stock.num_layers),
         heads,
     )
+
+
+def _prose(stock: Checkpoint) -> Sequence[int]:
+    """Held-out prose, in the checkpoint's tokens."""
+    ids = read_tokenizer(stock)(prose("held_out"), add_special_tokens=False, verbose=False).input_ids
+    return list(itertools.chain.from_iterable(ids))
 
 
 def _max_model_len(stock: Checkpoint, settings: Settings) -> int:

@@ -31,6 +31,8 @@ class Candidate:
     model: str
     overrides: Mapping[str, Any] = field(default_factory=dict)
     vllm_args: Sequence[str] = ()
+    prose: Sequence[int] = ()
+    """Token ids that prompts are cut from; without any they are random."""
 
 
 @dataclass
@@ -94,6 +96,7 @@ def _measure(candidate: Candidate, work: Sequence[str], repeats: int, seed: int,
             "work": list(work),
             "repeats": repeats,
             "seed": seed,
+            "prose": list(candidate.prose),
             "out": str(out),
         }
         # By itself vLLM would take nearly all memory for the KV cache of a CPU, and time how that is found.

@@ -1,8 +1,8 @@
 """One engine in a process of its own, given one piece of work after another: `python -m vllm_ext.bench.worker`.
 
 The engine runs in this very process, so that its steps can be timed one by one, without a network or a second process
-that takes turns with it. What HTTP adds is the same for stock and variant; `loadtests` measures it. Prompts are random
-token ids from a fixed seed, never the same twice, so that the prefix cache finds nothing.
+that takes turns with it. What HTTP adds is the same for stock and variant; `loadtests` measures it. Prompts are from a
+fixed seed, never the same twice, so that the prefix cache finds nothing.
 """
 
 import json
@@ -20,8 +20,9 @@ from vllm_ext.bench.work import DECODE_STEPS, SETTLING_STEPS, Work
 class Bench:
     """Gives an engine work and times its steps."""
 
-    def __init__(self, engine: Any, seed: int) -> None:
-        self.engine = engine
+    def __init__(self, engine: Any, seed: int, prose: Sequence[int] = ()) -> None:
+        """Prompts are cut from the token ids of `prose`, or without any are random."""
+        self.engine, self.prose = engine, prose
         self.random = random.Random(seed)
         self.vocab_size = engine.model_config.get_vocab_size()
         self.requests = 0
@@ -32,7 +33,11 @@ class Bench:
 
         self.requests += 1
         name = str(self.requests)
-        prompt = [self.random.randrange(3, self.vocab_size) for _ in range(prompt_tokens)]
+        if self.prose:
+            start = self.random.randrange(len(self.prose) - prompt_tokens + 1)
+            prompt = list(self.prose[start : start + prompt_tokens])
+        else:
+            prompt = [self.random.randrange(3, self.vocab_size) for _ in range(prompt_tokens)]
         sampling = SamplingParams(temperature=0, max_tokens=answer_tokens, ignore_eos=True, detokenize=False)
         self.engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
         return name
@@ -100,8 +105,11 @@ def make_engine(model: str, vllm_args: Sequence[str], overrides: dict[str, Any])
 
 def main() -> None:
     """Do what the JSON on stdin asks, and write what was measured to the file it names."""
+    from model_executors.head import SpellingHead
+
     asked = json.load(sys.stdin)
     out = Path(asked["out"])
+    SpellingHead.compiles = True  # this process has one engine
     engine = make_engine(asked["model"], asked["vllm_args"], asked["overrides"])
     cache = engine.vllm_config.cache_config
     config = engine.vllm_config.model_config
@@ -114,7 +122,7 @@ def main() -> None:
     }
     with out.open("a", buffering=1) as lines:
         lines.write(json.dumps(first) + "\n")
-        bench = Bench(engine, asked["seed"])
+        bench = Bench(engine, asked["seed"], asked["prose"])
         bench.add(64, 4)
         bench.run()
         for text in asked["work"]:

@@ -20,7 +20,7 @@ class Judged:
     """Held-out tokens: how the student did, `[tokens]` each."""
 
     confidence: torch.Tensor
-    """The probability of its best token."""
+    """The probability of its best token, or of all that are rescored."""
     agrees: torch.Tensor
     """Whether that is the teacher's best."""
     rank: torch.Tensor
@@ -29,9 +29,10 @@ class Judged:
     """From the teacher, in nats."""
 
     @classmethod
-    def of(cls, scores: torch.Tensor, teacher: torch.Tensor) -> Self:
-        """Of log-probabilities `[tokens, vocab_size]`."""
-        confidence, best = scores.max(-1)
+    def of(cls, scores: torch.Tensor, teacher: torch.Tensor, confidence: torch.Tensor | None = None) -> Self:
+        """Of log-probabilities `[tokens, vocab_size]`; `confidence` `[tokens]` in place of the best one's."""
+        highest, best = scores.max(-1)
+        confidence = highest if confidence is None else confidence
         right = teacher.argmax(-1, keepdim=True)
         rank = (scores > scores.gather(1, right)).sum(-1)
         divergence = (teacher.exp() * (teacher - scores)).sum(-1)

@@ -139,10 +139,11 @@ def judge(student: Student, states: States, passages: torch.Tensor) -> dict[Kind
             entering = states.entering[number : number + 1]
             scores = student(entering.flatten(0, 1) if student.pointwise else entering, entered)
             for kind, judged in parts.items():
+                confidence = None
                 if kind == "rescored":
                     tokens = scores.topk(min(HeadPlan.shortlist, scores.shape[1])).indices
-                    with_exact(scores, tokens, teacher.gather(1, tokens))
-                judged.append(calibration.Judged.of(scores, teacher))
+                    confidence = with_exact(scores, tokens, teacher.gather(1, tokens))
+                judged.append(calibration.Judged.of(scores, teacher, confidence))
     return {kind: calibration.Judged.join(judged) for kind, judged in parts.items()}
 
 
