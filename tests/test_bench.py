@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +14,7 @@ from vllm_ext.bench.command import Settings, Variant, measure
 from vllm_ext.bench.report import Row, interval
 from vllm_ext.bench.shapes import SHAPES, write_shape
 from vllm_ext.bench.work import Step, Work
+from vllm_ext.bench.worker import Bench
 from vllm_ext.errors import UsageError
 
 COMMAND = [sys.executable, "-m", "vllm_ext.cli"]
@@ -132,3 +134,14 @@ def test_a_shape_with_character_heads(head, tmp_path, monkeypatch):
     assert made["variant"] == f"--head {head}"
     with pytest.raises(UsageError, match=f"--shape with --head {head}: measure a plan's layers by themselves"):
         measure(None, "small", Variant("", {1: LayerPlan("skip")}, None, head), settings, options, tmp_path / "other")
+
+
+def test_prompts_are_cut_from_prose_where_there_is_some():
+    engine = SimpleNamespace(model_config=SimpleNamespace(get_vocab_size=lambda: 50))
+    prose = list(range(100, 140))
+    for bench, known in ((Bench(engine, 0, prose), set(prose)), (Bench(engine, 0), set(range(50)))):
+        prompts = [bench.prompt(length) for length in (1, 7, 40)]
+        assert [len(prompt) for prompt in prompts] == [1, 7, 40]
+        assert all(set(prompt) <= known for prompt in prompts)
+    first, second = (Bench(engine, 0, prose).prompt(7) for _ in range(2))
+    assert first == second == list(range(first[0], first[0] + 7))

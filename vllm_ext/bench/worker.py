@@ -27,17 +27,19 @@ class Bench:
         self.vocab_size = engine.model_config.get_vocab_size()
         self.requests = 0
 
+    def prompt(self, tokens: int) -> list[int]:
+        """So many token ids."""
+        if not self.prose:
+            return [self.random.randrange(3, self.vocab_size) for _ in range(tokens)]
+        start = self.random.randrange(len(self.prose) - tokens + 1)
+        return list(self.prose[start : start + tokens])
+
     def add(self, prompt_tokens: int, answer_tokens: int) -> str:
         """Queue one greedy request; returns its id."""
         from vllm import SamplingParams
 
         self.requests += 1
-        name = str(self.requests)
-        if self.prose:
-            start = self.random.randrange(len(self.prose) - prompt_tokens + 1)
-            prompt = list(self.prose[start : start + prompt_tokens])
-        else:
-            prompt = [self.random.randrange(3, self.vocab_size) for _ in range(prompt_tokens)]
+        name, prompt = str(self.requests), self.prompt(prompt_tokens)
         sampling = SamplingParams(temperature=0, max_tokens=answer_tokens, ignore_eos=True, detokenize=False)
         self.engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
         return name

@@ -162,8 +162,13 @@ def time_heads(
     positions: Annotated[int, typer.Option(min=2, help="How many bytes of a token are spelled.")] = 16,
     width: Annotated[int, typer.Option(min=0, help="Of the gated block before the heads; 0 is none.")] = 1536,
     rows: Annotated[list[int] | None, typer.Option(help="Rows of logits at once; by default 1, 4 and 32.")] = None,
+    dtype: Annotated[
+        Literal["bfloat16", "float32"], typer.Option(help="Of weights and states; float32 where bfloat16 is slow.")
+    ] = "bfloat16",
 ) -> None:
-    """Time a stock head, character heads and a screened head beside each other, with random weights."""
+    """Time a stock head and those in its place beside each other, with random weights."""
+    import torch
+
     from model_executors.head_plan import GROUP
     from vllm_ext.checkpoint import Checkpoint
     from vllm_ext.spell.timing import heads_of, measure, print_measured, random_spellings
@@ -180,8 +185,9 @@ def time_heads(
     if hidden_size % GROUP:
         raise UsageError(f"--hidden-size {hidden_size}: the screened head needs a multiple of {GROUP}")
     chosen = rows or [1, 4, 32]
-    medians = measure(heads_of(hidden_size, spellings, positions, width), hidden_size, chosen)
-    print_measured(medians, chosen, f"heads of {vocab_size:,} tokens, {hidden_size:,} wide, bfloat16")
+    kind = getattr(torch, dtype)
+    medians = measure(heads_of(hidden_size, spellings, positions, width, kind), hidden_size, chosen, kind)
+    print_measured(medians, chosen, f"heads of {vocab_size:,} tokens, {hidden_size:,} wide, {dtype}")
 
 
 @app.command("screened")

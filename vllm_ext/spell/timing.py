@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from model_executors.character_head import CharacterHead, slots_of
+from model_executors.character_head import CharacterHead, slots_of, with_exact
+from model_executors.exact_rows import exact_scores
 from model_executors.head_plan import HeadPlan, HeadShape
 from model_executors.screened_head import Int4Copy, rescored
 from vllm_ext.progress import progress
@@ -19,19 +20,33 @@ Head = Callable[[torch.Tensor], torch.Tensor]
 ROUNDS, WARM_UP = 40, 3
 
 
-def heads_of(hidden_size: int, spellings: Sequence[Sequence[int]], places: int, width: int) -> dict[str, Head]:
-    """A stock head in bfloat16, and those in its place, for a vocabulary that is spelled so."""
+def heads_of(
+    hidden_size: int,
+    spellings: Sequence[Sequence[int]],
+    places: int,
+    width: int,
+    dtype: torch.dtype = torch.bfloat16,
+) -> dict[str, Head]:
+    """A stock head, and those in its place, for a vocabulary that is spelled so."""
     found, slots = slots_of(spellings, places)
-    weight = torch.randn(len(spellings), hidden_size).bfloat16()
-    char = CharacterHead(HeadShape(hidden_size, len(spellings), slots, width), torch.bfloat16)
+    weight = torch.randn(len(spellings), hidden_size).to(dtype)
+    char = CharacterHead(HeadShape(hidden_size, len(spellings), slots, width), dtype)
     for name, parameter in char.named_parameters():
         parameter.data.copy_(found if name == "spellings" else torch.randn(parameter.shape) / 8)
     char.spell()
     char.spelling.compile_sums()
     copy, shortlist = Int4Copy(weight), HeadPlan.shortlist
+
+    def spelled_and_rescored(states: torch.Tensor) -> torch.Tensor:
+        scores = char(states)
+        tokens = scores.topk(min(shortlist, scores.shape[1]), sorted=False).indices
+        with_exact(scores, tokens, exact_scores(states, weight, tokens))
+        return scores
+
     return {
         "stock": lambda states: nn.functional.linear(states, weight),
         "char": char,
+        "rescored": spelled_and_rescored,
         "screened": lambda states: rescored(copy(states), states, weight, shortlist),
     }
 
@@ -48,12 +63,14 @@ def random_spellings(tokens: int, places: int) -> list[tuple[int, ...]]:
 
 
 @torch.no_grad()
-def measure(heads: Mapping[str, Head], hidden_size: int, rows: Sequence[int]) -> dict[str, list[float]]:
+def measure(
+    heads: Mapping[str, Head], hidden_size: int, rows: Sequence[int], dtype: torch.dtype = torch.bfloat16
+) -> dict[str, list[float]]:
     """Median milliseconds of each head for each number of rows; heads take turns, so that all see one machine."""
     medians: dict[str, list[float]] = {name: [] for name in heads}
     with progress() as bars:
         for number in bars.track(rows, description="timing"):
-            states = torch.randn(number, hidden_size).bfloat16()
+            states = torch.randn(number, hidden_size).to(dtype)
             taken: dict[str, list[float]] = {name: [] for name in heads}
             for _ in range(WARM_UP + ROUNDS):
                 for name, head in heads.items():
