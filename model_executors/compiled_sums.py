@@ -1,7 +1,8 @@
 """What `Spelling.sums` does, compiled for a CPU: the same to the bit, in one pass that stays within its caches.
 
-For processes in which no engine starts afterwards: once numba is imported, vLLM 0.32 cannot register its kernels. Its
-own workers are such. There vLLM preloads torch's OpenMP, so that the threads are those that it bound to cores.
+For processes in which no engine starts afterwards, since once numba is imported, vLLM 0.32 cannot register its kernels;
+and where torch's OpenMP is preloaded, or numba brings threads of its own that fight torch's for the cores. vLLM's
+workers are such.
 """
 
 import os

@@ -88,7 +88,8 @@ def _fetch_shipped(shipped: Path, kind: str, folder: Path | None) -> Path:
 
     section = json.loads((shipped / CONFIG).read_text())
     if folder is None:
-        folder = default_folder().with_name(f"{NAME}-{kind}-{sha256(shipped / FITTED)[:8]}")
+        digests = "".join(sha256(shipped / name) for name in (CONFIG, FITTED))
+        folder = default_folder().with_name(f"{NAME}-{kind}-{hashlib.sha256(digests.encode()).hexdigest()[:8]}")
     if folder.exists():
         written = Checkpoint.open(str(folder), weights=False).config.get(CONFIG_KEY, {})
         if any(written.get(key) != section.get(key) for key in ("attention_plan", "fit", "head", "training")):

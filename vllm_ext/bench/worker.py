@@ -111,7 +111,7 @@ def main() -> None:
 
     asked = json.load(sys.stdin)
     out = Path(asked["out"])
-    SpellingHead.compiles = True  # this process has one engine
+    SpellingHead.compiles = "omp" in os.environ.get("LD_PRELOAD", "")  # this process has one engine
     engine = make_engine(asked["model"], asked["vllm_args"], asked["overrides"])
     cache = engine.vllm_config.cache_config
     config = engine.vllm_config.model_config

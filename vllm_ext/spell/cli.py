@@ -166,7 +166,10 @@ def time_heads(
         Literal["bfloat16", "float32"], typer.Option(help="Of weights and states; float32 where bfloat16 is slow.")
     ] = "bfloat16",
 ) -> None:
-    """Time a stock head and those in its place beside each other, with random weights."""
+    """Time a stock head and those in its place beside each other, with random weights.
+
+    As in vLLM's workers, sums are compiled where torch's OpenMP is preloaded: LD_PRELOAD=.../torch/lib/libgomp.so.1.
+    """
     import torch
 
     from model_executors.head_plan import GROUP

@@ -1,5 +1,6 @@
 """`vllm-ext spell time`: heads by themselves, in turn in one process, on random weights and states."""
 
+import os
 import random
 import statistics
 import time
@@ -34,7 +35,8 @@ def heads_of(
     for name, parameter in char.named_parameters():
         parameter.data.copy_(found if name == "spellings" else torch.randn(parameter.shape) / 8)
     char.spell()
-    char.spelling.compile_sums()
+    if "omp" in os.environ.get("LD_PRELOAD", ""):
+        char.spelling.compile_sums()
     copy, shortlist = Int4Copy(weight), HeadPlan.shortlist
 
     def spelled_and_rescored(states: torch.Tensor) -> torch.Tensor:
