@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import nn
@@ -91,6 +91,11 @@ def slow_on_cpu(dtype: torch.dtype) -> bool:
     if dtype == torch.bfloat16:
         return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return dtype == torch.float16
+
+
+def fast_dtype() -> Literal["float32", "auto"]:
+    """What vLLM is to be run in where any type will do: the checkpoint's, unless this CPU is slow with it."""
+    return "float32" if not torch.cuda.is_available() and slow_on_cpu(torch.bfloat16) else "auto"
 
 
 class OfflineModel:

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.errors import UsageError
+from vllm_ext.offline import fast_dtype
 from vllm_ext.serve import prepare
 from vllm_ext.spell.words import speculation
 
@@ -62,6 +63,7 @@ def run(model: str, overrides: dict[str, Any], prompts: Sequence[Sequence[int]],
         model,
         hf_overrides=overrides,
         speculative_config=speculation(drafts) if drafts else None,
+        dtype=fast_dtype(),
         max_model_len=2 * LENGTH + tokens,
         enforce_eager=True,
         disable_log_stats=False,

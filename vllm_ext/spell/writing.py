@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+from vllm_ext.offline import fast_dtype
+
 STAND_IN = "\x00"
 
 
@@ -16,13 +18,9 @@ def write(
     """
     from vllm import LLM, SamplingParams, TokensPrompt
 
-    from vllm_ext.offline import slow_on_cpu
-
     start = opening(tokenizer)
-    slow = not torch.cuda.is_available() and slow_on_cpu(torch.bfloat16)
-    settings: dict[str, Any] = {"dtype": "float32"} if slow else {}
-    settings |= {"max_model_len": length, "seed": seed, "hf_overrides": overrides or {}}
-    engine = LLM(model, disable_log_stats=True, enforce_eager=True, **settings)
+    settings: dict[str, Any] = {"dtype": fast_dtype(), "max_model_len": length, "seed": seed}
+    engine = LLM(model, hf_overrides=overrides or {}, disable_log_stats=True, enforce_eager=True, **settings)
     # No seed for each request: on a CPU vLLM 0.32 fails over one.
     sampling = SamplingParams(max_tokens=length - len(start), ignore_eos=True, detokenize=False)
     written = engine.generate([TokensPrompt(prompt_token_ids=start)] * passages, sampling)
