@@ -5,6 +5,7 @@ import pytest
 from model_executors.attention_plan import LayerPlan
 from vllm_ext.checkpoint import Checkpoint, write_planned
 from vllm_ext.fit import fit
+from vllm_ext.offline import fast_dtype
 from vllm_ext.quality.command import Candidate, measure
 from vllm_ext.quality.work import Settings
 from vllm_ext.texts import prose
@@ -26,7 +27,7 @@ def figures(smollm2, tmp_path_factory):
         folder = tmp_path_factory.mktemp(name) / "planned"
         write_planned(source, plan, folder, fitted)
         candidates.append(Candidate(name, str(folder)))
-    return measure(str(smollm2), candidates, Settings((512,), tokens=4096, items=60))
+    return measure(str(smollm2), candidates, Settings((512,), tokens=4096, items=60), ("--dtype", fast_dtype()))
 
 
 def test_perplexity(figures):
