@@ -125,7 +125,8 @@ def prometheus(folder, instance: str):
         url = f"http://127.0.0.1:{port}"
         try:
             query = {"query": f'up{{instance="{instance}"}}'}
-            assert eventually(lambda: httpx.get(f"{url}/api/v1/query", params=query).json()["data"]["result"])
+            asked = f"{url}/api/v1/query"
+            assert eventually(lambda: httpx.get(asked, params=query).raise_for_status().json()["data"]["result"])
             yield url
         finally:
             process.terminate()
