@@ -131,6 +131,12 @@ def with_exact(scores: torch.Tensor, tokens: torch.Tensor, exact: torch.Tensor) 
     return together[:, 0]
 
 
+def rescore(scores: torch.Tensor, shortlist: int, exact: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """`with_exact` for each row's `shortlist` best tokens, whose logits `exact` gives, `[rows, k]` for `[rows, k]`."""
+    tokens = scores.topk(min(shortlist, scores.shape[1]), sorted=False).indices
+    return with_exact(scores, tokens, exact(tokens))
+
+
 def slots_of(spellings: Sequence[Sequence[int]], places: int) -> tuple[torch.Tensor, tuple[int, ...]]:
     """`spellings` `[vocab_size, places]` in slots, from those in symbols, and how many slots each place has."""
     slots = slots_by_symbol(spellings, places)

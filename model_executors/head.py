@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 
-from model_executors.character_head import CharacterHead, with_exact
+from model_executors.character_head import CharacterHead, rescore
 from model_executors.exact_rows import ExactRows
 from model_executors.head_metrics import HeadMetrics
 from model_executors.head_plan import HeadPlan, head_tensor_name
@@ -81,8 +82,7 @@ class SpellingHead(nn.Module):
         if self.exact is None:
             confidence = scores.amax(-1)
         else:
-            tokens = scores.topk(min(self.shortlist, scores.shape[1]), sorted=False).indices
-            confidence = with_exact(scores, tokens, self.exact(hidden_states, tokens))
+            confidence = rescore(scores, self.shortlist, partial(self.exact, hidden_states))
         unsure = (confidence < math.log(self.threshold)).nonzero()[:, 0] if self.threshold else scores.new_empty(0)
         if len(unsure):
             logits = stock(hidden_states[unsure])

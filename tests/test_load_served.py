@@ -16,6 +16,7 @@ from loadtests.run import LOCUSTFILE, locust
 from loadtests.tokenizers import find_texts
 from loadtests.workloads import Workload
 from tests.servers import eventually, served
+from vllm_ext.offline import fast_dtype
 from vllm_ext.process import free_port
 
 COMMAND = [sys.executable, "-m", "vllm_ext.cli", "loadtest", "compare"]
@@ -26,7 +27,8 @@ WITHIN = 0.05
 @pytest.fixture(scope="module")
 def server(smollm2, tmp_path_factory):
     log = tmp_path_factory.mktemp("served") / "log"
-    with served(smollm2, "--max-model-len", 1024, "--max-num-batched-tokens", 256, log=log) as running:
+    options = ["--max-model-len", 1024, "--max-num-batched-tokens", 256, "--dtype", fast_dtype()]
+    with served(smollm2, *options, log=log) as running:
         yield running
 
 
@@ -150,8 +152,7 @@ def test_metrics_are_taken_from_a_prometheus(server, tmp_path):
         assert max(sample["running"] for sample in samples) >= 1
         assert 0 < max(sample["kv_cache_usage"] for sample in samples) <= 1
         assert samples[-1]["generation_tokens"] > samples[0]["generation_tokens"]
-    for side in "AB":  # a run that was soon given up may hold no sample, or none under load
-        assert max(run["kv_cache_usage"] or 0 for run in report["runs"] if run["side"] == side) > 0
+    assert all(run["kv_cache_usage"] > 0 for run in report["runs"])
     assert report["kv_capacity_tokens"]["A"] == report["kv_capacity_tokens"]["B"] > 0
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 from rich.console import Console
 
+from vllm_ext import openmp
 from vllm_ext.bench.work import Work
 from vllm_ext.errors import UsageError
 from vllm_ext.process import LOG_LINES, RAISED
@@ -102,9 +102,7 @@ def _measure(candidate: Candidate, work: Sequence[str], repeats: int, seed: int,
         }
         # By itself vLLM would take nearly all memory for the KV cache of a CPU, and time how that is found.
         environment = {"VLLM_CPU_KVCACHE_SPACE": "1"} | os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-        # As vLLM has it in its workers: one OpenMP for torch and whatever else has threads.
-        openmp = [os.environ.get("LD_PRELOAD", ""), *map(str, (Path(torch.__file__).parent / "lib").glob("libgomp*"))]
-        environment["LD_PRELOAD"] = ":".join(filter(None, openmp))
+        environment = openmp.preloading(environment)
         began = time.time()
         with log.open("w") as written:
             command = [sys.executable, "-m", "vllm_ext.bench.worker"]

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm_ext import openmp
 from vllm_ext.bench.work import DECODE_STEPS, SETTLING_STEPS, Work
 
 
@@ -111,7 +112,7 @@ def main() -> None:
 
     asked = json.load(sys.stdin)
     out = Path(asked["out"])
-    SpellingHead.compiles = "omp" in os.environ.get("LD_PRELOAD", "")  # this process has one engine
+    SpellingHead.compiles = openmp.preloaded()  # this process has one engine
     engine = make_engine(asked["model"], asked["vllm_args"], asked["overrides"])
     cache = engine.vllm_config.cache_config
     config = engine.vllm_config.model_config

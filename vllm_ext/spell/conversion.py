@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 
 from model_executors.attention_plan import CONFIG_KEY, AttentionPlan
-from model_executors.character_head import slots_of, with_exact
+from model_executors.character_head import rescore, slots_of
 from model_executors.head_plan import SPELLING, HeadPlan, HeadShape, Kind
 from vllm_ext import texts
 from vllm_ext.checkpoint import FITTED, Checkpoint, Trained, check_out, write_planned
@@ -141,8 +142,7 @@ def judge(student: Student, states: States, passages: torch.Tensor) -> dict[Kind
             for kind, judged in parts.items():
                 confidence = None
                 if kind == "rescored":
-                    tokens = scores.topk(min(HeadPlan.shortlist, scores.shape[1])).indices
-                    confidence = with_exact(scores, tokens, teacher.gather(1, tokens))
+                    confidence = rescore(scores, HeadPlan.shortlist, partial(teacher.gather, 1))
                 judged.append(calibration.Judged.of(scores, teacher, confidence))
     return {kind: calibration.Judged.join(judged) for kind, judged in parts.items()}
 

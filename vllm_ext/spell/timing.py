@@ -1,20 +1,21 @@
 """`vllm-ext spell time`: heads by themselves, in turn in one process, on random weights and states."""
 
-import os
 import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from model_executors.character_head import CharacterHead, slots_of, with_exact
+from model_executors.character_head import CharacterHead, rescore, slots_of
 from model_executors.exact_rows import exact_scores
 from model_executors.head_plan import HeadPlan, HeadShape
 from model_executors.screened_head import Int4Copy, rescored
+from vllm_ext import openmp
 from vllm_ext.progress import progress
 
 Head = Callable[[torch.Tensor], torch.Tensor]
@@ -35,14 +36,13 @@ def heads_of(
     for name, parameter in char.named_parameters():
         parameter.data.copy_(found if name == "spellings" else torch.randn(parameter.shape) / 8)
     char.spell()
-    if "omp" in os.environ.get("LD_PRELOAD", ""):
+    if openmp.preloaded():
         char.spelling.compile_sums()
     copy, shortlist = Int4Copy(weight), HeadPlan.shortlist
 
     def spelled_and_rescored(states: torch.Tensor) -> torch.Tensor:
         scores = char(states)
-        tokens = scores.topk(min(shortlist, scores.shape[1]), sorted=False).indices
-        with_exact(scores, tokens, exact_scores(states, weight, tokens))
+        rescore(scores, shortlist, partial(exact_scores, states, weight))
         return scores
 
     return {
