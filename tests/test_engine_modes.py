@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+import vllm._custom_ops  # noqa: F401 -- registers vLLM's own operations
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import StructuredOutputsParams
@@ -126,6 +128,8 @@ def test_structured_output(smollm2, changes):
 @pytest.mark.parametrize("changes", [SKIP_BOTH_ENDS, FREEZE_AND_SKIP], ids=["skip", "freeze"])
 def test_quantized_weights(tiny_models, tmp_path, changes):
     """INT4 weights, bfloat16 activations, against the same weights written out in float32."""
+    if not hasattr(torch.ops._C, "cpu_gemm_wna16"):
+        pytest.skip("stock vLLM has no INT4 product for this CPU: on x86 it takes AVX-512")
     write_quantized(tiny_models("Llama"), tmp_path / "quantized", tmp_path / "plain")
     reference = Reference(tmp_path / "plain", changes)
     expected = [reference.answer(prompt, 1) for prompt in prompts()]

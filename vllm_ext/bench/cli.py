@@ -98,10 +98,12 @@ def bench_grow(
     point: Annotated[
         list[int] | None, typer.Option(help="A point to measure, may be given several times; by default a few.")
     ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each engine is started; the median is drawn.")] = 1,
 ) -> None:
     """Draw how cost grows with skipped layers, context, streams or vocabulary, beside the roofline's ideal.
 
-    Measured in one round each, so single points are noisy; the last line of the output is JSON.
+    In one round single points are noisy. `vocabulary` times heads and no engine, so rounds mean nothing to it. The last
+    line of the output is JSON.
     """
     from vllm_ext.bench.command import Variant
     from vllm_ext.bench.grow import draw, sweep
@@ -114,7 +116,8 @@ def bench_grow(
     if used is None and dimension in ("context", "streams"):
         raise UsageError("--planned is missing: give a planned checkpoint of that model to measure beside it")
     described = Path(used).name if planned and used else "planned"
-    found = sweep(dimension, tuple(point or ()), model or str(fetch()), Variant(described, None, used), context.args)
+    variant = Variant(described, None, used)
+    found = sweep(dimension, tuple(point or ()), model or str(fetch()), variant, context.args, rounds)
     draw(found, out, ["vllm-ext", *sys.argv[1:]])
     print(out)
     print(json.dumps(asdict(found)))

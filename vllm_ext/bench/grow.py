@@ -14,9 +14,9 @@ from typing import Literal
 
 from model_executors.attention_plan import LayerPlan
 from vllm_ext.bench import machine
-from vllm_ext.bench.command import Settings, Variant, pair
-from vllm_ext.bench.ideal import Machine, parts, seconds
-from vllm_ext.bench.run import rounds
+from vllm_ext.bench.command import Pair, Settings, Variant, pair
+from vllm_ext.bench.ideal import parts, seconds
+from vllm_ext.bench.run import Round, rounds
 from vllm_ext.bench.work import Work
 from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.errors import UsageError
@@ -43,19 +43,21 @@ class Sweep:
     title: str
 
 
-def sweep(dimension: Dimension, points: Sequence[int], model: str, variant: Variant, args: Sequence[str]) -> Sweep:
-    """Measure one dimension; raises UsageError as `bench` does, and for points that cannot be."""
+def sweep(
+    dimension: Dimension, points: Sequence[int], model: str, variant: Variant, args: Sequence[str], count: int = 1
+) -> Sweep:
+    """Measure one dimension in `count` rounds; raises UsageError as `bench` does, and for points that cannot be."""
     chosen = tuple(points) or POINTS[dimension]
     if min(chosen) < (0 if dimension == "skipped" else 1):
         raise UsageError(f"--point {min(chosen)}: {dimension} cannot be that few")
     if dimension == "vocabulary":
         return _vocabulary(chosen)
     if dimension == "skipped":
-        return _skipped(chosen, model, args)
+        return _skipped(chosen, model, args, count)
     work = tuple(f"decode:1x{point}" if dimension == "context" else f"decode:{point}x128" for point in chosen)
     with tempfile.TemporaryDirectory(prefix="vllm-ext-bench-") as scratch:
         two = pair(model, None, variant, Settings(work), args, Path(scratch))
-        measured = rounds(two.candidates, work, 1, 1, 0)
+        measured = rounds(two.candidates, work, count, 1, 0)
     shape = replace(two.shape, element_bytes=measured["stock"][0].element_bytes)
     roof = machine.measured(shape.element_bytes)
     plans = {"stock": type(two.plan).of(len(two.plan.layers)), "variant": two.plan}
@@ -68,37 +70,43 @@ def sweep(dimension: Dimension, points: Sequence[int], model: str, variant: Vari
     return Sweep(
         dimension,
         chosen,
-        {names[name]: [_milliseconds(some[0].seconds[text]) for text in work] for name, some in measured.items()},
+        {names[name]: [_milliseconds(some, text) for text in work] for name, some in measured.items()},
         {names[name]: ideal(name) for name in plans},
         f"{two.name}: time per step of a decode, {'one stream' if dimension == 'context' else 'context of 128'}",
     )
 
 
-def _milliseconds(taken: Sequence[float]) -> float:
-    return 1e3 * statistics.median(taken)
+def _milliseconds(measured: Sequence[Round], text: str) -> float:
+    return 1e3 * statistics.median(statistics.median(each.seconds[text]) for each in measured)
 
 
-def _skipped(points: tuple[int, ...], model: str, args: Sequence[str]) -> Sweep:
+def _skipped(points: tuple[int, ...], model: str, args: Sequence[str], count: int) -> Sweep:
     """The top layers skipped, as many as each point says."""
     work = ("prefill:1024", "decode:1x128")
-    count = Checkpoint.open(model, weights=False).num_layers
-    if max(points) >= count:
-        raise UsageError(f"--point {max(points)}: the model has {count} layers and one must attend; choose fewer")
-    measured: Lines = {text: [] for text in work}
-    ideal: Lines = {text: [] for text in work}
-    roof: Machine | None = None
+    layers = Checkpoint.open(model, weights=False).num_layers
+    if max(points) >= layers:
+        raise UsageError(f"--point {max(points)}: the model has {layers} layers and one must attend; choose fewer")
     with tempfile.TemporaryDirectory(prefix="vllm-ext-bench-") as scratch:
+        pairs = {}
         for point in points:
-            changes = {layer: LayerPlan("skip") for layer in range(count - point, count)}
-            two = pair(model, None, Variant("", changes), Settings(work), args, Path(scratch))
-            (found,) = rounds({f"skip {point}": two.candidates["variant"]}, work, 1, 3, 0)[f"skip {point}"]
-            shape = replace(two.shape, element_bytes=found.element_bytes)
-            roof = roof or machine.measured(shape.element_bytes)
-            for text in work:
-                measured[text].append(_milliseconds(found.seconds[text]))
-                made = parts(shape, two.plan, two.heads[1], Work.parse(text).steps)
-                ideal[text].append(1e3 * seconds(made, roof))
-    return Sweep("skipped", points, measured, ideal, f"{two.name}: top layers skipped of {count}")
+            changes = {layer: LayerPlan("skip") for layer in range(layers - point, layers)}
+            pairs[f"skip {point}"] = pair(model, None, Variant("", changes), Settings(work), args, Path(scratch))
+        measured = rounds({name: two.candidates["variant"] for name, two in pairs.items()}, work, count, 3, 0)
+    (element_bytes,) = {found.element_bytes for some in measured.values() for found in some}
+    roof = machine.measured(element_bytes)
+    one = next(iter(pairs.values()))
+    shape = replace(one.shape, element_bytes=element_bytes)
+
+    def ideal(two: Pair, text: str) -> float:
+        return 1e3 * seconds(parts(shape, two.plan, two.heads[1], Work.parse(text).steps), roof)
+
+    return Sweep(
+        "skipped",
+        points,
+        {text: [_milliseconds(some, text) for some in measured.values()] for text in work},
+        {text: [ideal(each, text) for each in pairs.values()] for text in work},
+        f"{one.name}: top layers skipped of {layers}",
+    )
 
 
 def _vocabulary(points: tuple[int, ...]) -> Sweep:
