@@ -215,7 +215,7 @@ class Comparison:
         """The first rate that a search tries, and the factor by which it goes on.
 
         Where one is known, it is drawn from the step above: searches that all try the same rates would agree beyond
-        what they know.
+        what they know. A side's first is low, so that it holds and tells the time per token before a rate can fail.
         """
         factor = 1 + self.plan.tolerance
         drawn = factor ** self.dice.random()
@@ -223,7 +223,7 @@ class Comparison:
             return before[side][-1] * drawn, factor
         if before:
             return next(iter(before.values()))[-1] * drawn, FIRST_FACTOR
-        return self.plan.start or served, FIRST_FACTOR
+        return self.plan.start or served / FIRST_FACTOR, FIRST_FACTOR
 
     def _point(self, measured: Run, side: str, profile: str, turn: int, kind: Literal["search", "level"]) -> Point:
         figures = measured.figures

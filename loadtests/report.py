@@ -16,6 +16,7 @@ from plotly.offline import get_plotlyjs
 
 from loadtests.compare import SIDES, Results, errors_of, ratios, settings_of, verdict
 from loadtests.requirements import Requirement
+from loadtests.run import LEAST_REQUESTS
 from loadtests.statistics import Ratio
 
 COLOURS = {"A": "#888888", "B": "#1f77b4"}
@@ -105,6 +106,7 @@ def _page(results: Results, rows: dict[str, dict[str, Ratio]], judged: list[Any]
     return pages.get_template("compare.html.j2").render(
         results=results,
         plan=results.plan,
+        least_requests=LEAST_REQUESTS,
         verdicts={profile: verdict(results, profile, found) for profile, found in rows.items()},
         rows=rows,
         titles=ROWS,
