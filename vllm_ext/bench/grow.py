@@ -7,6 +7,7 @@ heads by themselves, in this process.
 import shlex
 import statistics
 import tempfile
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -147,7 +148,7 @@ def draw(found: Sweep, out: Path, command: Sequence[str]) -> None:
         axis.legend()
     figure.suptitle(found.title)
     drawn_by = shlex.join(command)
-    figure.text(0.01, 0.01, drawn_by, fontsize=7, family="monospace")
-    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    figure.text(0.01, 0.01, textwrap.fill(drawn_by, 85 * len(panels)), fontsize=7, family="monospace")
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.savefig(out, dpi=90, metadata={"Description": drawn_by})
     plt.close(figure)
