@@ -48,7 +48,7 @@ def sweep(
     dimension: Dimension, points: Sequence[int], model: str, variant: Variant, args: Sequence[str], count: int = 1
 ) -> Sweep:
     """Measure one dimension in `count` rounds; raises UsageError as `bench` does, and for points that cannot be."""
-    chosen = tuple(points) or POINTS[dimension]
+    chosen = tuple(dict.fromkeys(points)) or POINTS[dimension]
     if min(chosen) < (0 if dimension == "skipped" else 1):
         raise UsageError(f"--point {min(chosen)}: {dimension} cannot be that few")
     if dimension == "vocabulary":
@@ -148,7 +148,8 @@ def draw(found: Sweep, out: Path, command: Sequence[str]) -> None:
         axis.legend()
     figure.suptitle(found.title)
     drawn_by = shlex.join(command)
-    figure.text(0.01, 0.01, textwrap.fill(drawn_by, 85 * len(panels)), fontsize=7, family="monospace")
+    below = textwrap.fill(drawn_by, 85 * len(panels), break_on_hyphens=False)
+    figure.text(0.01, 0.01, below, fontsize=7, family="monospace")
     figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.savefig(out, dpi=90, metadata={"Description": drawn_by})
     plt.close(figure)
