@@ -26,6 +26,7 @@ from model_executors.families import Family
 from vllm_ext.attentions import Seen, Skipped, Windowed, attending, capped
 from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.errors import UsageError
+from vllm_ext.footprint import own_window
 from vllm_ext.offline import Call, load, read_tokenizer
 from vllm_ext.progress import progress
 from vllm_ext.versions import offline_versions
@@ -141,13 +142,6 @@ def cut(
             f"--tokens {tokens}; give more text, or lower --tokens or --length"
         )
     return torch.tensor(chosen.sample(found, tokens // length))
-
-
-def own_window(config: PretrainedConfig, layer: int) -> int | None:
-    """The sliding window that the model itself gives the layer."""
-    kinds = getattr(config, "layer_types", None)
-    sliding: int | None = getattr(config, "sliding_window", None)
-    return sliding if kinds is None or kinds[layer] == "sliding_attention" else None
 
 
 def _check(config: PretrainedConfig, plan: AttentionPlan, length: int) -> None:

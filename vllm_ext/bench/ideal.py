@@ -23,8 +23,7 @@ from model_executors.attention_plan import AttentionPlan
 from model_executors.families import Family
 from model_executors.head_plan import HeadPlan
 from vllm_ext.bench.work import Step
-from vllm_ext.fit import own_window
-from vllm_ext.footprint import active_weights, fitted_parameters, kv_shape
+from vllm_ext.footprint import active_weights, fitted_parameters, kv_shape, own_window
 
 SCREENED_ROWS = 4
 """The screened head answers batches of so many rows, and leaves larger ones to the stock head."""
