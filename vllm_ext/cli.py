@@ -3,17 +3,23 @@
 import signal
 import sys
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from model_executors.attention_plan import Consolidation
+from model_executors.attention_plan import AttentionPlan, Consolidation
 from vllm_ext.bench.cli import app as bench_app
 from vllm_ext.errors import UsageError
 from vllm_ext.loadtest import app as loadtest_app
 from vllm_ext.options import VLLM_OPTIONS, Agreement, Data, Freeze, Head, Model, Skip, errors
 from vllm_ext.spell.cli import app as spell_app
+
+if TYPE_CHECKING:
+    from vllm_ext.fit import Fit
+    from vllm_ext.planner.judge import Judged
+    from vllm_ext.planner.search import Changes
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 model_app = typer.Typer(no_args_is_help=True, help="The embedded default model, SmolLM2-135M-Instruct.")
@@ -92,7 +98,8 @@ def plan(
     """Write a planned checkpoint, which vLLM serves with nothing else said.
 
     Windows and consolidation are fitted to the model on text first, which takes minutes for a small one. With --auto
-    the layers are found by measuring: a search of half an hour for a small model, or a guess with --quick.
+    the layers are found by measuring: a search of half an hour for a small model, or a guess with --quick. With --front
+    what an earlier search found is chosen from, and --skip, --window and --freeze name a plan to judge beside.
     """
     from vllm_ext.checkpoint import Checkpoint, check_out, write_planned
     from vllm_ext.layers import layer_plans
@@ -106,7 +113,7 @@ def plan(
         "--data": data,
         "--front": front,
     }
-    for option, value in (named if auto else sought).items():
+    for option, value in ({} if front and auto else named if auto else sought).items():
         if value is not None:
             why = "--auto finds the layers itself; leave one of them out" if auto else "it is for --auto; add that"
             raise UsageError(f"{option} {value}: {why}")
@@ -119,6 +126,23 @@ def plan(
     check_out(out)
     checkpoint = Checkpoint.open(model, weights=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing half-written is left
+    changes = layer_plans(skip, window, freeze, consolidation, rank)
+
+    @cache
+    def fitted(attention_plan: AttentionPlan) -> "Fit | None":
+        from vllm_ext.fit import fit, read_texts
+        from vllm_ext.texts import prose, prose_source
+
+        if not attention_plan.fitted:
+            return None
+        texts = prose("calibration") if text is None else read_texts(text)
+        name = prose_source() if text is None else text.name
+        return fit(checkpoint, attention_plan, texts, name=name, tokens=tokens, length=length, seed=seed)
+
+    def judged(changes: "Changes") -> "Judged":
+        found = fitted(checkpoint.planned(changes))
+        return planner.judge(changes, found.tensors if found else {})
+
     if auto:
         from vllm_ext.planner.judge import Goal
         from vllm_ext.planner.report import read, write
@@ -131,6 +155,9 @@ def plan(
             settings = Settings.of(found.header, goal, checkpoint)
             found.header["settings"] = asdict(settings)
             planner = Planner(checkpoint, settings)
+            found.front = [planner.recounted(each) for each in found.front]
+            if changes:
+                found.front.append(judged(changes))
         else:
             settings = Settings(goal, tasks, tuple(data or ()), size, context, passes, seed, quick)
             planner = Planner(checkpoint, settings)
@@ -142,21 +169,11 @@ def plan(
             report = write(found, out.with_name(f"{out.name}-report"), command)
             raise UsageError(f"{error}; what was found is in {report}") from error
         changes = dict(found.changes)
-    else:
-        changes = layer_plans(skip, window, freeze, consolidation, rank)
     attention_plan = checkpoint.planned(changes)
     checkpoint.check_weights()
-    fitted = None
-    if attention_plan.fitted:
-        from vllm_ext.fit import fit, read_texts
-        from vllm_ext.texts import prose, prose_source
-
-        texts = prose("calibration") if text is None else read_texts(text)
-        name = prose_source() if text is None else text.name
-        fitted = fit(checkpoint, attention_plan, texts, name=name, tokens=tokens, length=length, seed=seed)
-    write_planned(checkpoint, attention_plan, out, fitted)
+    write_planned(checkpoint, attention_plan, out, fitted(attention_plan))
     if auto:
-        found.written = planner.judge(changes, fitted.tensors if fitted else {})
+        found.written = judged(changes)
         errors.print(f"report: {write(found, out / 'report', command)}")
     print(out)
 

@@ -161,6 +161,10 @@ class Planner:
         saved = 1 - self._flops(changes) / self._full_flops
         return self._judge.judge(changes, fitted, self._saved(changes), saved)
 
+    def recounted(self, judged: Judged) -> Judged:
+        """One of an earlier search, with its savings as they are counted now."""
+        return replace(judged, kv_saved=self._saved(judged.changes))
+
     def _flops(self, changes: Changes) -> int:
         """Operations of a prompt."""
         plan = AttentionPlan.of(self.source.num_layers, changes)
