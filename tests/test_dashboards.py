@@ -161,11 +161,11 @@ def test_every_recording_rule_has_data(scraped):
 
 
 def test_the_variant_is_seen_to_save(scraped):
-    """What the dashboard shows is what the plan says: 16 of 30 layers hold a window."""
+    """What the dashboard shows is what the plan says: 20 of 30 layers hold a window."""
     (saved,) = scraped(substituted(EXPRESSIONS["variant: KV bytes a token saved: "]))
-    assert float(saved["values"][-1][1]) == pytest.approx(16 / 30)
+    assert float(saved["values"][-1][1]) == pytest.approx(20 / 30)
     kinds = {each["metric"]["kind"]: each for each in scraped('vllm_ext_layers{job="variant"}')}
-    assert float(kinds["window"]["values"][-1][1]) == 16
+    assert float(kinds["window"]["values"][-1][1]) == 20
 
 
 def test_metrics_that_are_missing_are_named(scraped):

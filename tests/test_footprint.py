@@ -4,7 +4,7 @@ from math import ceil
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 from vllm import EngineArgs
@@ -57,6 +57,7 @@ def vllm_config(tiny_models):
     return config
 
 
+@settings(deadline=None)
 @given(
     windows=st.lists(st.sampled_from([None, 128, 200]), min_size=1, max_size=40),
     context=st.sampled_from([1, 16, 17, 127, 128, 129, 144, 145, 4_096]),
