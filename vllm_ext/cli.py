@@ -2,14 +2,14 @@
 
 import signal
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from model_executors.attention_plan import AttentionPlan, Consolidation
+from model_executors.attention_plan import FULL, AttentionPlan, Consolidation
 from vllm_ext.bench.cli import app as bench_app
 from vllm_ext.errors import UsageError
 from vllm_ext.loadtest import app as loadtest_app
@@ -19,7 +19,6 @@ from vllm_ext.spell.cli import app as spell_app
 if TYPE_CHECKING:
     from vllm_ext.fit import Fit
     from vllm_ext.planner.judge import Judged
-    from vllm_ext.planner.search import Changes
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 model_app = typer.Typer(no_args_is_help=True, help="The embedded default model, SmolLM2-135M-Instruct.")
@@ -113,7 +112,10 @@ def plan(
         "--data": data,
         "--front": front,
     }
-    for option, value in ({} if front and auto else named if auto else sought).items():
+    misplaced: dict[str, Any] = sought
+    if auto:
+        misplaced = named if front is None else {}
+    for option, value in misplaced.items():
         if value is not None:
             why = "--auto finds the layers itself; leave one of them out" if auto else "it is for --auto; add that"
             raise UsageError(f"{option} {value}: {why}")
@@ -139,9 +141,11 @@ def plan(
         name = prose_source() if text is None else text.name
         return fit(checkpoint, attention_plan, texts, name=name, tokens=tokens, length=length, seed=seed)
 
-    def judged(changes: "Changes") -> "Judged":
-        found = fitted(checkpoint.planned(changes))
-        return planner.judge(changes, found.tensors if found else {})
+    @cache
+    def judged(attention_plan: AttentionPlan) -> "Judged":
+        changes = {layer: each for layer, each in enumerate(attention_plan.layers) if each != FULL}
+        made = fitted(attention_plan)
+        return planner.judge(changes, made.tensors if made else {})
 
     if auto:
         from vllm_ext.planner.judge import Goal
@@ -157,7 +161,7 @@ def plan(
             planner = Planner(checkpoint, settings)
             found.front = [planner.recounted(each) for each in found.front]
             if changes:
-                found.front.append(judged(changes))
+                found.front.append(judged(checkpoint.planned(changes)))
         else:
             settings = Settings(goal, tasks, tuple(data or ()), size, context, passes, seed, quick)
             planner = Planner(checkpoint, settings)
@@ -173,7 +177,7 @@ def plan(
     checkpoint.check_weights()
     write_planned(checkpoint, attention_plan, out, fitted(attention_plan))
     if auto:
-        found.written = judged(changes)
+        found.written = replace(judged(attention_plan))  # a row of its own
         errors.print(f"report: {write(found, out / 'report', command)}")
     print(out)
 
