@@ -39,7 +39,7 @@ class Answer:
     """When each chunk with tokens arrived; a chunk may hold several tokens."""
     prompt_tokens: int = 0
     answer_tokens: int = 0
-    """Both as the server's usage has them; of a request cut off, the chunks that came."""
+    """Both as the server's usage has them; of a request cut off, what was asked and the chunks that came."""
     size: int = 0
     """Bytes received."""
     error: str | None = None

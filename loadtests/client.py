@@ -67,7 +67,8 @@ def ask(client: httpx.Client, request: Request, intended: float, chunks: list[Ch
 def cut_off(request: Request, intended: float, chunks: list[Chunk], error: str = CUT) -> Answer:
     """What came of a request that is not waited for any longer."""
     times, _, _ = _read(chunks)
-    return Answer(request.profile, request.id, intended, intended, now(), times, answer_tokens=len(times), error=error)
+    tokens = request.prompt_tokens, len(times)
+    return Answer(request.profile, request.id, intended, intended, now(), times, *tokens, error=error)
 
 
 def events(chunks: list[Chunk]) -> Iterator[Chunk]:

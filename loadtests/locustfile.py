@@ -11,7 +11,6 @@ process. OPENAI_API_KEY, where set, is sent as the bearer token. All else is Loc
 from locust import User, events, task  # isort: skip  (first of all, since it patches the process)
 
 import itertools
-import math
 import os
 import sys
 from collections.abc import Iterator
@@ -34,6 +33,8 @@ from loadtests.tokenizers import find_texts
 from loadtests.workloads import NAMES, Request, Workload, read_trace, replay
 
 DONE = "open_loop_done"
+AMIDST_SECONDS = 60.0
+"""How long requests that a run starts amidst have to begin, where no first token is promised."""
 TURN = 16  # Locust's rows are written this many at a time, so that others' chunks are not noted late
 
 
@@ -58,7 +59,7 @@ def _options(parser: LocustArgumentParser) -> None:
     add("--duration", type=float, default=60.0, help="Open loop: seconds of requests that are measured; after them it "
         "goes on until they are answered.")  # fmt: skip
     add("--under-way", type=int, default=0, help="Open loop: requests that it starts amidst, caught in the middle of "
-        "their answers, so that what takes long is steady at once.")  # fmt: skip
+        "their answers, so that what takes long is steady at once; the schedule begins once they go on.")  # fmt: skip
     add("--cut", action="store_true", help="Open loop: end with the measured seconds, and judge requests that are "
         "under way by what came of them.")  # fmt: skip
     add("--max-in-flight", type=int, default=2000, help="Open loop: more requests at once fail, and say so.")
@@ -165,11 +166,9 @@ class OpenLoop:
     def requests(self) -> Iterator[tuple[float, Request]]:
         """The share of this process: arrival in seconds, and the request, made before it is due."""
         options, workload = self.session.options, self.session.workload
-        share = self.session.worker, None, self.session.workers
-        for request in itertools.islice(workload.under_way(options.under_way), *share):
-            yield -math.inf, request
         if options.arrival == "trace":
-            yield from itertools.islice(replay(read_trace(Path(options.trace)), workload), *share)
+            trace = replay(read_trace(Path(options.trace)), workload)
+            yield from itertools.islice(trace, self.session.worker, None, self.session.workers)
             return
         arrivals = schedule(options.arrival, options.rate, options.seed, options.burst)
         for number, arrival in enumerate(arrivals):
@@ -179,10 +178,12 @@ class OpenLoop:
     def run(self) -> None:
         """Send until all measured requests are answered, or the objective is out of reach."""
         is_trace = self.session.options.arrival == "trace"
-        self.start, sending = now(), gevent.pool.Group()
+        sending = gevent.pool.Group()
+        self._go_amidst(sending)
+        self.start = now()
         for number, (arrival, request) in enumerate(self.requests()):
-            due = self.start + max(arrival, 0)
-            measured = arrival >= 0 and (is_trace or self.warmup <= arrival < self.until)
+            due = self.start + arrival
+            measured = is_trace or self.warmup <= arrival < self.until
             while not (over := self._over(arrival)) and (left := due - now()) > 0:
                 gevent.sleep(min(left, 0.05))
             if over:
@@ -200,6 +201,22 @@ class OpenLoop:
         if is_trace:
             sending.join()
         sending.kill()
+
+    def _go_amidst(self, sending: gevent.pool.Group) -> None:
+        """Send the requests that it starts amidst, and wait until their answers go on: their prompts are of the past.
+
+        Those that have not begun by the time promised for a first token are ended: no more are under way at once.
+        """
+        session, begun = self.session, list[tuple[gevent.Greenlet, list[Chunk]]]()
+        amidst = session.workload.under_way(session.options.under_way)
+        for number, request in enumerate(itertools.islice(amidst, session.worker, None, session.workers)):
+            self.room.acquire()
+            chunks: list[Chunk] = []
+            begun.append((sending.spawn(self._send, request, now(), chunks, -1 - number), chunks))
+        end = now() + (self.objective.ttft if self.objective else AMIDST_SECONDS)
+        while (late := [each for each, chunks in begun if not chunks and not each.dead]) and now() < end:
+            gevent.sleep(0.05)
+        gevent.killall(late)
 
     def _send(self, request: Request, due: float, chunks: list[Chunk], number: int) -> None:
         try:

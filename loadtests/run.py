@@ -110,20 +110,21 @@ class Pace:
         return done
 
 
-def mean_answer(settings: Settings) -> float:
-    """Tokens of an answer on average."""
-    return Workload(settings.workload, "", settings.api, scale=settings.scale, texts=Texts()).mean_answer
+def asked(settings: Settings) -> Workload:
+    """What a run asks, for its lengths."""
+    return Workload(settings.workload, "", settings.api, scale=settings.scale, texts=Texts())
 
 
 def requests_under_way(settings: Settings, rate: float, token_seconds: float) -> int:
     """Requests in flight at that rate, by Little's law."""
-    return round(rate * mean_answer(settings) * token_seconds)
+    return round(rate * asked(settings).mean_answer * token_seconds)
 
 
 def warm_up(url: str, settings: Settings, seed: int) -> tuple[float, float]:
     """Ask in a closed loop for as long as a run; returns what it served, as a first guess at saturation.
 
-    In requests a second, counted by their tokens, since long answers do not end in that time; and seconds a token.
+    In requests a second, counted by their tokens, prompts' and answers', since long ones do not end in that time; and
+    seconds a token of an answer.
     """
     seconds = settings.warmup + settings.duration
     with tempfile.TemporaryDirectory() as folder:
@@ -134,7 +135,8 @@ def warm_up(url: str, settings: Settings, seed: int) -> tuple[float, float]:
         answers = read_answers([records])
     start = min((answer.sent for answer in answers), default=0.0)
     found = figures(answers, Objective(math.inf, math.inf), start, start + seconds)
-    served = found.tokens_per_second / mean_answer(settings)
+    prompts = sum(answer.prompt_tokens for answer in answers if answer.times) / seconds
+    served = (prompts + found.tokens_per_second) / asked(settings).mean_tokens
     return max(served, 1 / seconds), found.tpot[0] if math.isfinite(found.tpot[0]) else 0.0
 
 

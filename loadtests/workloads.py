@@ -128,6 +128,12 @@ class Workload:
         return self.scale * sum(sum(profile.answer) / 2 for profile in self._profiles) / len(self._profiles)
 
     @property
+    def mean_tokens(self) -> float:
+        """Tokens of a prompt and its answer on average."""
+        prompts = sum(profile.shared + sum(profile.prompt) / 2 for profile in self._profiles) / len(self._profiles)
+        return self.scale * prompts + self.mean_answer
+
+    @property
     def _profiles(self) -> list[Profile]:
         return [PROFILES[name] for name in (MIXED if self.profile == "mixed" else (self.profile,))]
 

@@ -12,7 +12,7 @@ import pytest
 
 from loadtests.answer import CUT, Objective, read_answers
 from loadtests.arrivals import schedule
-from loadtests.run import Settings, locust, run
+from loadtests.run import Settings, locust, run, warm_up
 from loadtests.saturation import saturate
 from vllm_ext.process import free_port, running
 
@@ -93,10 +93,31 @@ def test_a_run_begins_amidst_requests_and_is_cut_at_its_end(url):
     found = run(url, settings, Objective(ttft=0.5, itl=0.5), 5, 0, text_seed=1, under_way=2)
     assert time.time() - start < 60
     assert (found.figures.requests, found.figures.good, found.figures.errors) == (15, 1.0, {})
-    assert found.start - min(answer.intended for answer in found.answers) == pytest.approx(1, abs=0.1)
     amidst = [answer for answer in found.answers if "--" in answer.id]
     assert {answer.id for answer in amidst} == {"chat-1--1", "chat-1--2"}
+    first = min(answer.intended for answer in found.answers if answer not in amidst)
+    assert found.start - first == pytest.approx(1, abs=0.1)
+    assert 0 <= first - max(answer.times[0] for answer in amidst) < 0.2
     assert max(answer.intended for answer in found.answers) == pytest.approx(found.start + 3.4, abs=0.05)
+
+
+def test_a_run_leaves_no_queue_of_requests_it_begins_amidst(url):
+    """Of more than the server has slots for, those that have not begun when a first token is due are ended."""
+    settings = Settings(scale=0.05, arrival="constant", warmup=0, duration=1, cut=True)
+    found = run(url, settings, Objective(ttft=0.3, itl=0.5), 5, 0, under_way=40)
+    amidst = [answer for answer in found.answers if "--" in answer.id]
+    assert found.start - min(answer.intended for answer in amidst) == pytest.approx(0.3, abs=0.15)
+    assert 4 <= sum(bool(answer.times) for answer in amidst) < 40
+    assert (found.figures.requests, found.figures.good) == (5, 1.0)
+
+
+def test_the_first_guess_counts_prompts_whose_answers_have_not_ended():
+    """Four slots take a prompt each and hold it: four requests' prompts in two seconds, and a token of each answer."""
+    port = free_port()
+    shape = ["--slots", "4", "--first", "0.1", "--gap", "60", "--tokens", "6"]
+    with running([sys.executable, "-m", "tests.token_server", str(port), *shape], port) as url:
+        served, _ = warm_up(url, Settings(workload="rag", warmup=0, duration=2), 0)
+    assert served == pytest.approx(4 / 2, rel=0.4)  # of the four prompts each has any length from 1,024 to 3,072
 
 
 def test_the_cap_on_requests_in_flight_is_an_error_that_says_so(url, tmp_path):
