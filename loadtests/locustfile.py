@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import gevent
 import gevent.pool
@@ -32,6 +32,7 @@ from loadtests.client import Chunk, ask, cut_off, open_client
 from loadtests.tokenizers import find_texts
 from loadtests.workloads import NAMES, Request, Workload, read_trace, replay
 
+T = TypeVar("T")
 DONE = "open_loop_done"
 AMIDST_SECONDS = 60.0
 """How long requests that a run starts amidst have to begin, where no first token is promised."""
@@ -167,13 +168,14 @@ class OpenLoop:
         """The share of this process: arrival in seconds, and the request, made before it is due."""
         options, workload = self.session.options, self.session.workload
         if options.arrival == "trace":
-            trace = replay(read_trace(Path(options.trace)), workload)
-            yield from itertools.islice(trace, self.session.worker, None, self.session.workers)
+            yield from self._share(replay(read_trace(Path(options.trace)), workload))
             return
         arrivals = schedule(options.arrival, options.rate, options.seed, options.burst)
-        for number, arrival in enumerate(arrivals):
-            if number % self.session.workers == self.session.worker:
-                yield arrival, workload.request(number)
+        for number, arrival in self._share(enumerate(arrivals)):
+            yield arrival, workload.request(number)
+
+    def _share(self, of_all: Iterator[T]) -> Iterator[T]:
+        return itertools.islice(of_all, self.session.worker, None, self.session.workers)
 
     def run(self) -> None:
         """Send until all measured requests are answered, or the objective is out of reach."""
@@ -209,7 +211,7 @@ class OpenLoop:
         """
         session, begun = self.session, list[tuple[gevent.Greenlet, list[Chunk]]]()
         amidst = session.workload.under_way(session.options.under_way)
-        for number, request in enumerate(itertools.islice(amidst, session.worker, None, session.workers)):
+        for number, request in enumerate(self._share(amidst)):
             self.room.acquire()
             chunks: list[Chunk] = []
             begun.append((sending.spawn(self._send, request, now(), chunks, -1 - number), chunks))
