@@ -40,6 +40,8 @@ class Answer:
     prompt_tokens: int = 0
     answer_tokens: int = 0
     """Both as the server's usage has them; of a request cut off, what was asked and the chunks that came."""
+    asked_tokens: int = 0
+    """How long an answer was asked for."""
     size: int = 0
     """Bytes received."""
     error: str | None = None

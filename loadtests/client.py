@@ -59,6 +59,7 @@ def ask(client: httpx.Client, request: Request, intended: float, chunks: list[Ch
         times,
         usage.get("prompt_tokens", 0),
         usage.get("completion_tokens", 0),
+        request.answer_tokens,
         sum(len(chunk) for _, chunk in chunks),
         error,
     )
@@ -67,7 +68,7 @@ def ask(client: httpx.Client, request: Request, intended: float, chunks: list[Ch
 def cut_off(request: Request, intended: float, chunks: list[Chunk], error: str = CUT) -> Answer:
     """What came of a request that is not waited for any longer."""
     times, _, _ = _read(chunks)
-    tokens = request.prompt_tokens, len(times)
+    tokens = request.prompt_tokens, len(times), request.answer_tokens
     return Answer(request.profile, request.id, intended, intended, now(), times, *tokens, error=error)
 
 

@@ -19,6 +19,9 @@ CONFIDENCE = 0.95
 RESAMPLES = 4_000
 GROWTH = 1.25
 """A run is steady if in its second half no more than this many times as many requests are in flight as in its first."""
+SERVED = 0.75
+"""And if at least this part of the tokens that its requests ask for comes while they are sent. Nothing else tells, in a
+run too short for a queue to grow, that more is asked for than served; and a run of few requests has some luck."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Figures:
     given_up: bool
     """Whether it was ended early, over-saturated."""
     steady: bool
-    """Not so where it was ended early."""
+    """Whether as much is served as is asked for; not so where it was ended early."""
 
     def held(self, objective: Objective) -> bool:
         """Whether the rate was served within the objective."""
@@ -85,7 +88,7 @@ def figures(answers: Sequence[Answer], objective: Objective, start: float, end: 
         latency=_quantiles([] if cut else [answer.latency for answer in whole]),
         errors=dict(errors),
         given_up=given_up,
-        steady=not given_up and is_steady(answers, start, end),
+        steady=not given_up and is_steady(answers, start, end) and arrived >= SERVED * sum(map(demanded, measured)),
     )
 
 
@@ -106,6 +109,11 @@ def is_steady(answers: Sequence[Answer], start: float, end: float) -> bool:
     middle = (start + end) / 2
     first, second = in_flight(answers, start, middle), in_flight(answers, middle, end)
     return second <= GROWTH * first + 2 * math.sqrt(max(first, 1))
+
+
+def demanded(answer: Answer) -> int:
+    """Tokens that it takes to answer it: those of a whole answer, which may be shorter than asked for."""
+    return answer.answer_tokens if answer.error is None else answer.asked_tokens
 
 
 def in_flight(answers: Sequence[Answer], start: float, end: float) -> float:

@@ -111,6 +111,20 @@ def test_a_run_leaves_no_queue_of_requests_it_begins_amidst(url):
     assert (found.figures.requests, found.figures.good) == (5, 1.0)
 
 
+def test_a_rate_above_capacity_does_not_hold_though_its_run_is_too_short_for_a_queue():
+    """Four slots give 200 tokens a second: 21 answers, of which 10 a second are served and 32 are not."""
+    port = free_port()
+    shape = ["--slots", "4", "--first", "0.02", "--gap", "0.02"]
+    settings = Settings(scale=0.05, arrival="constant", warmup=0.5, duration=1.5, cut=True)
+    objective = Objective(ttft=3, itl=0.5)
+    with running([sys.executable, "-m", "tests.token_server", str(port), *shape], port) as url:
+        found = {rate: run(url, settings, objective, rate, 0, under_way=2).figures for rate in (10, 32)}
+    assert {rate: (each.good, each.held(objective)) for rate, each in found.items()} == {
+        10: (1.0, True),
+        32: (1.0, False),
+    }
+
+
 def test_the_first_guess_counts_prompts_whose_answers_have_not_ended():
     """Four slots take a prompt each and hold it: four requests' prompts in two seconds, and a token of each answer."""
     port = free_port()

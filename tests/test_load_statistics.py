@@ -1,6 +1,7 @@
 """Ratios with intervals: equal things are not told apart, drift or not, and gains are."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -83,6 +84,11 @@ def answered(intended, first, gaps, **more):
     return Answer("chat", "0", intended, intended, times=times, **more)
 
 
+def cut_at(answer, end):
+    times = tuple(time for time in answer.times if time < end)
+    return replace(answer, times=times, answer_tokens=len(times), end=min(answer.end, end), error=CUT)
+
+
 def test_figures_count_from_the_schedule_and_leave_the_warm_up_out():
     answers = [
         answered(0.0, 5.0, [0.01] * 9),  # warm-up
@@ -129,6 +135,19 @@ def test_a_queue_that_grows_is_not_steady():
     assert not figures(growing, OBJECTIVE, 5, 55).steady
     cut = [*steady, Answer("chat", "x", 30.0, 30.0, 31.0, error=GIVEN_UP)]
     assert figures(cut, OBJECTIVE, 5, 55).given_up
+
+
+def test_a_run_too_short_for_a_queue_is_steady_only_if_as_much_comes_as_is_asked_for():
+    """An answer takes 20 s: fifteen or five are under way, and room is found for ten more in ten seconds."""
+    sent = [answered(float(time), 0.1, [0.08] * 249, asked_tokens=250) for time in range(10)]
+    seen = [cut_at(answer, 10.0) for answer in sent]
+    before = [cut_at(answered(-each - 1.0, 0.1, [0.08] * 249, asked_tokens=250), 10.0) for each in range(15)]
+    served = figures([*before, *seen], OBJECTIVE, 0, 10)
+    assert (served.good, served.steady) == (1.0, True)
+    crowded = figures([*before[:5], *seen], OBJECTIVE, 0, 10)
+    assert (crowded.good, crowded.steady) == (1.0, False)
+    early = [answered(float(time), 0.1, [0.08] * 9, asked_tokens=250) for time in range(10)]  # it stops by itself
+    assert figures(early, OBJECTIVE, 0, 10).steady
 
 
 @pytest.mark.parametrize(
