@@ -6,8 +6,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from tests.test_fit import tokenizer
-from tests.tiny import NUM_LAYERS
+from tests.tiny import NUM_LAYERS, tokenizer
 from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.cli import app
 from vllm_ext.errors import UsageError

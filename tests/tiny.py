@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 NUM_LAYERS = 6
 VOCAB_SIZE = 256
@@ -97,6 +98,8 @@ CONFIGS = {
 
 # Every edge of vLLM's blocks of 128 tokens and of the sliding window of 16, and nothing but one token.
 PROMPT_LENGTHS = (1, 2, 15, 16, 17, 127, 128, 129, 200)
+TEXT = " ".join(f"{n} times {n} is {n * n}." for n in range(1000))
+"""ASCII, for `tokenizer`."""
 
 
 def write_tiny(family: str, folder: Path, **settings: int) -> None:
@@ -114,3 +117,12 @@ def prompts(lengths: tuple[int, ...] = PROMPT_LENGTHS, seed: int = 0) -> list[li
     """Random prompts of those lengths, without special tokens."""
     chosen = random.Random(seed)
     return [[chosen.randrange(3, VOCAB_SIZE) for _ in range(length)] for length in lengths]
+
+
+def tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
+    """A token for each ASCII character; with `bos`, one more before every text."""
+    plain = Tokenizer(models.WordLevel({"<s>": 1} | {chr(code): code for code in range(3, 128)}, unk_token="?"))
+    plain.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    if bos:
+        plain.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=plain, bos_token="<s>")

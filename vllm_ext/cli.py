@@ -132,7 +132,8 @@ def plan(
 
     @cache
     def fitted(attention_plan: AttentionPlan) -> "Fit | None":
-        from vllm_ext.fit import fit, read_texts
+        from vllm_ext.fit import fit
+        from vllm_ext.passages import read_texts
         from vllm_ext.texts import prose, prose_source
 
         if not attention_plan.fitted:

@@ -14,9 +14,9 @@ from transformers import AutoConfig
 from model_executors.attention_plan import AttentionPlan, LayerPlan
 from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.errors import UsageError
-from vllm_ext.fit import cut
 from vllm_ext.footprint import own_window, prefill_flops, saved_kv
 from vllm_ext.offline import Batch, Entered, Item, OfflineModel, read_tokenizer
+from vllm_ext.passages import cut
 from vllm_ext.planner.constants import fit_alone
 from vllm_ext.planner.judge import Goal, Judge, Judged
 from vllm_ext.planner.search import Budget, Changes, Exhausted, Search, Tried

@@ -9,13 +9,16 @@ import typer
 from vllm_ext.errors import UsageError
 from vllm_ext.options import Agreement, Model, errors
 
+Text = Annotated[Path | None, typer.Option(help='A .txt, a .jsonl with "text", or a folder of them; by default prose.')]
+Written = Annotated[int, typer.Option(min=0, help="Tokens that the model writes itself, beside.")]
+Length = Annotated[int, typer.Option(min=2, help="Tokens of each passage.")]
+Positions = Annotated[int, typer.Option(help="How many bytes of a token are spelled.")]
+
 app = typer.Typer(no_args_is_help=True, help="Tokens spelled out, byte by byte, for character heads.")
 
 
 @app.command("inspect")
-def inspect_spellings(
-    model: Model, positions: Annotated[int, typer.Option(help="How many bytes of a token are spelled.")] = 16
-) -> None:
+def inspect_spellings(model: Model, positions: Positions = 16) -> None:
     """Print how MODEL's tokens are spelled, and which are not to their end."""
     from vllm_ext.checkpoint import Checkpoint
     from vllm_ext.spell.inspect import print_inspected
@@ -34,13 +37,11 @@ def train(
     layers: Annotated[int, typer.Option(min=0, help="How many of the top layers' MLPs are trained too.")] = 0,
     lora: Annotated[int, typer.Option(min=0, help="Train adapters of this rank there in place of the weights.")] = 0,
     width: Annotated[int, typer.Option(min=0, help="Of the gated block before the heads; 0 is none.")] = 1536,
-    positions: Annotated[int, typer.Option(help="How many bytes of a token are spelled.")] = 16,
-    text: Annotated[
-        Path | None, typer.Option(help='A .txt, a .jsonl with "text", or a folder of them; by default prose.')
-    ] = None,
+    positions: Positions = 16,
+    text: Text = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of it.")] = 262144,
-    written: Annotated[int, typer.Option(min=0, help="Tokens that the model writes itself, beside.")] = 0,
-    length: Annotated[int, typer.Option(min=2, help="Tokens of each passage.")] = 512,
+    written: Written = 0,
+    length: Length = 512,
     held_out: Annotated[int, typer.Option(min=2, help="Tokens to choose thresholds on.")] = 32768,
     steps: Annotated[int, typer.Option(help="Steps of the optimizer.")] = 2000,
     batch: Annotated[int, typer.Option(help="Tokens of a step, over all processes.")] = 512,
@@ -84,15 +85,16 @@ def train(
 @app.command("calibrate")
 def calibrate(
     model: Annotated[str, typer.Argument(help="A checkpoint's folder, with character heads; it is changed.")],
-    text: Annotated[
-        Path | None, typer.Option(help='A .txt, a .jsonl with "text", or a folder of them; by default held-out prose.')
-    ] = None,
+    text: Text = None,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of it.")] = 32768,
-    written: Annotated[int, typer.Option(min=0, help="Tokens that the model writes itself, beside.")] = 0,
-    length: Annotated[int, typer.Option(min=2, help="Tokens of each passage.")] = 512,
+    written: Written = 0,
+    length: Length = 512,
     seed: Annotated[int, typer.Option(help="For which passages those are.")] = 0,
 ) -> None:
-    """Find MODEL's thresholds for --agreement anew, on text like your traffic, and keep them in it."""
+    """Find MODEL's thresholds for --agreement anew, on text like your traffic, and keep them in it.
+
+    By default on the part of the prose that is held out from training.
+    """
     from vllm_ext.checkpoint import Checkpoint
     from vllm_ext.spell.calibration import print_calibrated
     from vllm_ext.spell.recalibration import recalibrate

@@ -19,8 +19,9 @@ from model_executors.head_plan import SPELLING, HeadPlan, HeadShape, Kind
 from vllm_ext import texts
 from vllm_ext.checkpoint import FITTED, Checkpoint, Trained, check_out, write_planned
 from vllm_ext.errors import UsageError
-from vllm_ext.fit import Fit, cut, read_texts
+from vllm_ext.fit import Fit
 from vllm_ext.offline import OfflineModel, read_tokenizer
+from vllm_ext.passages import cut, read_texts
 from vllm_ext.progress import progress
 from vllm_ext.spell import calibration, training
 from vllm_ext.spell.report import write as write_report

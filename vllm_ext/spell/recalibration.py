@@ -13,8 +13,8 @@ from model_executors.head_plan import head_tensor_name
 from vllm_ext import texts
 from vllm_ext.checkpoint import CONFIG, FITTED, Checkpoint
 from vllm_ext.errors import UsageError
-from vllm_ext.fit import cut, read_texts
 from vllm_ext.offline import OfflineModel, read_tokenizer
+from vllm_ext.passages import cut, read_texts
 from vllm_ext.spell import calibration
 from vllm_ext.spell.conversion import judge
 from vllm_ext.spell.states import Part, collect

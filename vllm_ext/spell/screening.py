@@ -12,8 +12,8 @@ from model_executors.screened_head import Int4Copy, rescored
 from model_executors.whole_rows import LISTED_PER_K
 from vllm_ext import texts
 from vllm_ext.checkpoint import Checkpoint
-from vllm_ext.fit import cut
 from vllm_ext.offline import OfflineModel, read_tokenizer
+from vllm_ext.passages import cut
 from vllm_ext.progress import progress
 
 LENGTH = 512

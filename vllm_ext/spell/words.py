@@ -26,8 +26,8 @@ from model_executors.head_plan import HeadPlan
 from model_executors.spelled_rows import spelled_rows
 from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.errors import UsageError
-from vllm_ext.fit import read_texts
 from vllm_ext.offline import read_tokenizer
+from vllm_ext.passages import read_texts
 from vllm_ext.spell.vocabulary import CharacterVocabulary, spelled, token_bytes
 from vllm_ext.verify import WORD_PROPOSER
 
