@@ -96,7 +96,8 @@ class WindowAttention(nn.Module):
 
     def unshifted(self, output: torch.Tensor) -> torch.Tensor:
         """`[num_tokens, num_heads * head_size]`: the attention's output with the sink's value in it."""
-        return output + self.sink_value.repeat_interleave(self.attn.num_heads // self.attn.num_kv_heads, 0).flatten()
+        kv_heads, head_size = self.sink_value.shape
+        return (output.unflatten(1, (kv_heads, -1, head_size)) + self.sink_value.unsqueeze(1)).flatten(1)
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """As `Attention`'s: `[num_tokens, num_heads * head_size]`, twice `[num_tokens, num_kv_heads * head_size]`."""

@@ -8,13 +8,18 @@ from types import SimpleNamespace
 
 import pytest
 
-from model_executors.attention_plan import LayerPlan
+from model_executors.attention_plan import AttentionPlan, LayerPlan
+from model_executors.head_plan import HeadPlan
+from vllm_ext.bench import run as bench_run
 from vllm_ext.bench.cli import app
-from vllm_ext.bench.command import Settings, Variant, measure
-from vllm_ext.bench.report import Row, interval
+from vllm_ext.bench.command import Variant, measure, shape_of
+from vllm_ext.bench.ideal import Machine
+from vllm_ext.bench.report import Row, interval, rows
+from vllm_ext.bench.run import Candidate, Round, Settings, rounds
 from vllm_ext.bench.shapes import SHAPES, write_shape
 from vllm_ext.bench.work import Step, Work
 from vllm_ext.bench.worker import Bench
+from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.errors import UsageError
 
 COMMAND = [sys.executable, "-m", "vllm_ext.cli"]
@@ -59,10 +64,22 @@ def test_intervals_are_over_rounds():
     assert 1.4 <= low < 1.5 < high <= 1.7
 
 
+def test_what_was_interleaved_is_compared_step_by_step(tiny_models):
+    """The machine changes its speed amidst the second pair. That pair is off, and so are the medians of each side."""
+    source = Checkpoint.open(str(tiny_models("Llama")), weights=False)
+    plans = AttentionPlan.of(source.num_layers), (HeadPlan(), HeadPlan()), Machine(1e9, 1e9)
+    known = {"start_seconds": 1, "peak_bytes": 1, "kv_capacity_tokens": 1, "max_model_len": 128, "element_bytes": 4}
+    measured = {
+        name: [Round(seconds={"prefill:16": seconds}, **known)]
+        for name, seconds in (("stock", [1, 4, 4]), ("variant", [1, 1, 4]))
+    }
+    for interleaved, gain in ((True, 1), (False, 4)):
+        settings = Settings(("prefill:16",), interleaved=interleaved)
+        assert rows(measured, shape_of(source), *plans, settings)[0].gain == gain
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes_are_configurations_of_known_families(tmp_path, name):
-    from vllm_ext.bench.command import Checkpoint, shape_of
-
     checkpoint = Checkpoint.open(str(write_shape(name, tmp_path / "stock")), weights=False)
     parameters = {"llama-3.2-1b": 973, "qwen2.5-0.5b": 358, "gemma-3-270m": 100}
     shape = shape_of(checkpoint)
@@ -145,3 +162,29 @@ def test_prompts_are_cut_from_prose_where_there_is_some():
         assert all(set(prompt) <= known for prompt in prompts)
     first, second = (Bench(engine, 0, prose).prompt(7) for _ in range(2))
     assert first == second == list(range(first[0], first[0] + 7))
+
+
+def test_interleaved_engines_take_turns(tiny_models, monkeypatch):
+    """Two engines of one round, and whose step was timed when."""
+    turns = []
+    advance = bench_run._Engine.advance
+
+    def noted(engine):
+        work = advance(engine)
+        turns.append((engine.asked["overrides"].get("name"), work))
+        return work
+
+    monkeypatch.setattr(bench_run._Engine, "advance", noted)
+    options = ["--skip-tokenizer-init", "--enforce-eager", "--dtype", "float32", "--max-model-len", "128"]
+    model = str(tiny_models("Llama"))
+    two = {name: Candidate(model, {"name": name}, options) for name in ("a", "b")}
+    found = rounds(two, Settings(("prefill:16", "decode:1x16"), 1, 2, interleaved=True))
+    assert turns == [(name, work) for work in (*["prefill:16"] * 2, *["decode:1x16"] * 32, None) for name in ("a", "b")]
+    for (measured,) in found.values():
+        assert {work: len(seconds) for work, seconds in measured.seconds.items()} == {
+            "prefill:16": 2,
+            "decode:1x16": 32,
+        }
+        assert measured.peak_bytes > 0
+    with pytest.raises(UsageError, match="an engine ended with code"):
+        rounds({"a": Candidate(model, {}, ["--max-model-len", "0"])}, Settings(("prefill:16",), 1, 1))

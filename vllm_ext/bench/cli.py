@@ -13,6 +13,15 @@ from model_executors.attention_plan import Consolidation
 from vllm_ext.errors import UsageError
 from vllm_ext.options import VLLM_OPTIONS, Agreement, Freeze, Head
 
+Interleaved = Annotated[
+    bool,
+    typer.Option(
+        "--interleaved",
+        help="Keep the engines of a round up together, and let them take turns step by step, so that the machine's "
+        "drift is in all of them. They must fit in memory beside each other.",
+    ),
+]
+
 app = typer.Typer()
 
 
@@ -48,6 +57,7 @@ def bench(
     ] = False,
     rounds: Annotated[int, typer.Option(min=1, help="How often each of the two is started and measured.")] = 3,
     repeats: Annotated[int, typer.Option(min=1, help="How often a prompt is timed in each process.")] = 3,
+    interleaved: Interleaved = False,
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file too.")] = None,
 ) -> None:
@@ -57,10 +67,11 @@ def bench(
     by a roofline (see vllm_ext/bench/ideal.py); the share is the measured gain by the ideal one. The last line of the
     output is JSON. Prompts are random, or with --agreement prose, of which character heads can be sure. The default
     work takes five minutes for the embedded model and --enforce-eager, and twice that compiled, on an idle machine; on
-    a busy one times mean nothing. On a CPU the KV cache has 1 GiB unless VLLM_CPU_KVCACHE_SPACE says otherwise.
+    a busy one give --interleaved. On a CPU the KV cache has 1 GiB unless VLLM_CPU_KVCACHE_SPACE says otherwise.
     """
-    from vllm_ext.bench.command import Settings, Variant
+    from vllm_ext.bench.command import Variant
     from vllm_ext.bench.command import bench as run
+    from vllm_ext.bench.run import Settings
     from vllm_ext.bench.work import DEFAULT, DEFAULT_LONG
     from vllm_ext.layers import layer_plans
 
@@ -82,7 +93,7 @@ def bench(
     changes = layer_plans(skip, window, freeze, consolidation) if overlaid else None
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the engines it started end with it
     chosen = tuple(work or ()) or DEFAULT + (DEFAULT_LONG if long else ())
-    settings = Settings(chosen, rounds, repeats, seed)
+    settings = Settings(chosen, rounds, repeats, seed, interleaved)
     run(model, shape, Variant(described, changes, planned, head, agreement), settings, args, json_file)
 
 
@@ -99,6 +110,7 @@ def bench_grow(
         list[int] | None, typer.Option(help="A point to measure, may be given several times; by default a few.")
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="How often each engine is started; the median is drawn.")] = 1,
+    interleaved: Interleaved = False,
 ) -> None:
     """Draw how cost grows with skipped layers, context, streams or vocabulary, beside the roofline's ideal.
 
@@ -117,7 +129,7 @@ def bench_grow(
         raise UsageError("--planned is missing: give a planned checkpoint of that model to measure beside it")
     described = Path(used).name if planned and used else "planned"
     variant = Variant(described, None, used)
-    found = sweep(dimension, tuple(point or ()), model or str(fetch()), variant, context.args, rounds)
+    found = sweep(dimension, tuple(point or ()), model or str(fetch()), variant, context.args, rounds, interleaved)
     draw(found, out, ["vllm-ext", *sys.argv[1:]])
     print(out)
     print(json.dumps(asdict(found)))

@@ -4,7 +4,7 @@ import itertools
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from model_executors.head_plan import Kind as HeadKind
 from vllm_ext.bench import machine
 from vllm_ext.bench.ideal import Shape
 from vllm_ext.bench.report import Row, report, rows, show
-from vllm_ext.bench.run import Candidate, rounds
+from vllm_ext.bench.run import Candidate, Settings, rounds
 from vllm_ext.bench.shapes import write_shape, write_spelled_shape
 from vllm_ext.bench.work import Work
 from vllm_ext.checkpoint import Checkpoint
@@ -42,18 +42,6 @@ class Variant:
     """A planned checkpoint."""
     head: HeadKind | None = None
     agreement: float | None = None
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How it is measured."""
-
-    work: tuple[str, ...]
-    count: int = 3
-    """Rounds."""
-    repeats: int = 3
-    """How often a prompt is timed in a process."""
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -173,9 +161,9 @@ def measure(
 ) -> tuple[list[Row], dict[str, Any]]:
     """The rows, and all of it for JSON; raises as `pair` does."""
     two = pair(model, shape, variant, settings, args, scratch)
-    measured = rounds(two.candidates, settings.work, settings.count, settings.repeats, settings.seed)
+    measured = rounds(two.candidates, settings)
     shape_served = replace(two.shape, element_bytes=measured["stock"][0].element_bytes)
     roof = machine.measured(shape_served.element_bytes)
-    found = rows(measured, settings.work, shape_served, two.plan, two.heads, roof, settings.seed)
-    told = {"count": settings.count, "repeats": settings.repeats, "seed": settings.seed, "vllm_args": list(args)}
+    found = rows(measured, shape_served, two.plan, two.heads, roof, settings)
+    told = {key: value for key, value in asdict(settings).items() if key != "work"} | {"vllm_args": list(args)}
     return found, report(two.name, variant.described, found, measured, roof, told)

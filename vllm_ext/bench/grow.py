@@ -15,9 +15,9 @@ from typing import Literal
 
 from model_executors.attention_plan import LayerPlan
 from vllm_ext.bench import machine
-from vllm_ext.bench.command import Pair, Settings, Variant, pair
+from vllm_ext.bench.command import Pair, Variant, pair
 from vllm_ext.bench.ideal import parts, seconds
-from vllm_ext.bench.run import Round, rounds
+from vllm_ext.bench.run import Round, Settings, rounds
 from vllm_ext.bench.work import Work
 from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.errors import UsageError
@@ -45,7 +45,13 @@ class Sweep:
 
 
 def sweep(
-    dimension: Dimension, points: Sequence[int], model: str, variant: Variant, args: Sequence[str], count: int = 1
+    dimension: Dimension,
+    points: Sequence[int],
+    model: str,
+    variant: Variant,
+    args: Sequence[str],
+    count: int = 1,
+    interleaved: bool = False,
 ) -> Sweep:
     """Measure one dimension in `count` rounds; raises UsageError as `bench` does, and for points that cannot be."""
     chosen = tuple(dict.fromkeys(points)) or POINTS[dimension]
@@ -54,11 +60,12 @@ def sweep(
     if dimension == "vocabulary":
         return _vocabulary(chosen)
     if dimension == "skipped":
-        return _skipped(chosen, model, args, count)
+        return _skipped(chosen, model, args, count, interleaved)
     work = tuple(f"decode:1x{point}" if dimension == "context" else f"decode:{point}x128" for point in chosen)
     with tempfile.TemporaryDirectory(prefix="vllm-ext-bench-") as scratch:
-        two = pair(model, None, variant, Settings(work), args, Path(scratch))
-        measured = rounds(two.candidates, work, count, 1, 0)
+        settings = Settings(work, count, 1, interleaved=interleaved)
+        two = pair(model, None, variant, settings, args, Path(scratch))
+        measured = rounds(two.candidates, settings)
     shape = replace(two.shape, element_bytes=measured["stock"][0].element_bytes)
     roof = machine.measured(shape.element_bytes)
     plans = {"stock": type(two.plan).of(len(two.plan.layers)), "variant": two.plan}
@@ -81,18 +88,19 @@ def _milliseconds(measured: Sequence[Round], text: str) -> float:
     return 1e3 * statistics.median(statistics.median(each.seconds[text]) for each in measured)
 
 
-def _skipped(points: tuple[int, ...], model: str, args: Sequence[str], count: int) -> Sweep:
+def _skipped(points: tuple[int, ...], model: str, args: Sequence[str], count: int, interleaved: bool) -> Sweep:
     """The top layers skipped, as many as each point says."""
     work = ("prefill:1024", "decode:1x128")
     layers = Checkpoint.open(model, weights=False).num_layers
     if max(points) >= layers:
         raise UsageError(f"--point {max(points)}: the model has {layers} layers and one must attend; choose fewer")
     with tempfile.TemporaryDirectory(prefix="vllm-ext-bench-") as scratch:
-        pairs = {}
+        pairs, settings = {}, Settings(work, count, interleaved=interleaved)
         for point in points:
             changes = {layer: LayerPlan("skip") for layer in range(layers - point, layers)}
-            pairs[f"skip {point}"] = pair(model, None, Variant("", changes), Settings(work), args, Path(scratch))
-        measured = rounds({name: two.candidates["variant"] for name, two in pairs.items()}, work, count, 3, 0)
+            pairs[f"skip {point}"] = pair(model, None, Variant("", changes), settings, args, Path(scratch))
+        variants = {name: two.candidates["variant"] for name, two in pairs.items()}
+        measured = rounds(variants, settings)
     (element_bytes,) = {found.element_bytes for some in measured.values() for found in some}
     roof = machine.measured(element_bytes)
     one = next(iter(pairs.values()))

@@ -14,7 +14,7 @@ from rich.table import Table
 from model_executors.attention_plan import AttentionPlan
 from model_executors.head_plan import HeadPlan
 from vllm_ext.bench.ideal import Machine, Shape, kv_tokens, parts, seconds
-from vllm_ext.bench.run import Round
+from vllm_ext.bench.run import Round, Settings
 from vllm_ext.bench.work import Work
 from vllm_ext.versions import vllm_distribution
 
@@ -59,35 +59,43 @@ def interval(gains: Sequence[float], seed: int) -> tuple[float, float] | None:
 
 def rows(
     measured: Mapping[str, Sequence[Round]],
-    work: Sequence[str],
     shape: Shape,
     plan: AttentionPlan,
     heads: tuple[HeadPlan, HeadPlan],
     machine: Machine,
-    seed: int,
+    settings: Settings,
 ) -> list[Row]:
-    """Every figure, `measured` being of `stock` and `variant`, and `heads` theirs."""
+    """Every figure, `measured` being of `stock` and `variant`, and `heads` theirs.
+
+    What was interleaved is compared by its pairs: a round's gain is the median of those of steps next to each other.
+    """
     stock, variant = measured["stock"], measured["variant"]
     full = AttentionPlan.of(len(plan.layers))
     found: list[Row] = []
 
     def row(
-        name: str, unit: str, values: tuple[list[float], list[float]], ideal: float | None, more: bool = False
+        name: str,
+        unit: str,
+        values: tuple[list[float], list[float]],
+        ideal: float | None,
+        more: bool = False,
+        gains: Sequence[float] = (),
     ) -> None:
         theirs, ours = values
-        gains = [b / a if more else a / b for a, b in zip(theirs, ours, strict=True)]
-        spread = interval(gains, seed)
+        gains = gains or [b / a if more else a / b for a, b in zip(theirs, ours, strict=True)]
+        spread = interval(gains, settings.seed)
         medians = statistics.median(theirs), statistics.median(ours)
         found.append(Row(name, unit, *medians, statistics.median(gains), spread, ideal))
 
     def each_of(value: Callable[[Round], float], some: slice = slice(None)) -> tuple[list[float], list[float]]:
         return [value(each) for each in stock[some]], [value(each) for each in variant[some]]
 
-    for text in work:
+    for text in settings.work:
         steps = Work.parse(text).steps
         theirs, ours = (parts(shape, *each, steps) for each in ((full, heads[0]), (plan, heads[1])))
         times = each_of(partial(_milliseconds, text))
-        row(text, "ms", times, seconds(theirs, machine) / seconds(ours, machine))
+        pairs = [_paired(text, *each) for each in zip(stock, variant, strict=True)] if settings.interleaved else ()
+        row(text, "ms", times, seconds(theirs, machine) / seconds(ours, machine), gains=pairs)
     # vLLM compiles at a model's first start, and finds what it compiled at later ones.
     later = slice(1 if len(stock) > 1 else 0, None)
     row("start-up", "s", each_of(lambda each: each.start_seconds, later), 1.0)
@@ -100,6 +108,10 @@ def rows(
 
 def _milliseconds(text: str, measured: Round) -> float:
     return 1e3 * statistics.median(measured.seconds[text])
+
+
+def _paired(text: str, stock: Round, variant: Round) -> float:
+    return statistics.median(a / b for a, b in zip(stock.seconds[text], variant.seconds[text], strict=True))
 
 
 def report(
@@ -130,10 +142,11 @@ def report(
 def show(made: Mapping[str, Any], found: Sequence[Row]) -> None:
     """Print the table."""
     machine = made["machine"]
+    turns = "together, step by step in turn" if made["interleaved"] else "in turn"
     table = Table(
         title=f"{made['model']}, {made['variant']}, beside stock",
         caption=f"{made['vllm']}; {machine['threads']} cores, {machine['flops_per_second'] / 1e9:.0f} Gflop/s, "
-        f"{machine['bytes_per_second'] / 1e9:.1f} GB/s; fresh processes in turn, medians of {made['count']} rounds; "
+        f"{machine['bytes_per_second'] / 1e9:.1f} GB/s; fresh processes {turns}, medians of {made['count']} rounds; "
         "share: the gain by the ideal one",
     )
     for column in ("", "stock", "variant", "gain", "95%", "ideal", "share"):

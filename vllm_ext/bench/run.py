@@ -8,9 +8,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
 from rich.console import Console
@@ -36,6 +36,20 @@ class Candidate:
     """Token ids that prompts are cut from; without any they are random."""
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How it is measured."""
+
+    work: tuple[str, ...]
+    count: int = 3
+    """Rounds."""
+    repeats: int = 3
+    """How often a prompt is timed in a process."""
+    seed: int = 0
+    interleaved: bool = False
+    """All engines of a round are up at once and take turns step by step, one at work and the others waiting."""
+
+
 @dataclass
 class Round:
     """What one process measured."""
@@ -52,10 +66,8 @@ class Round:
     threads: int = 0
 
 
-def rounds(
-    candidates: Mapping[str, Candidate], work: Sequence[str], count: int, repeats: int, seed: int
-) -> dict[str, list[Round]]:
-    """Measure every candidate `count` times; who goes first changes, so that none profits from the machine's drift.
+def rounds(candidates: Mapping[str, Candidate], settings: Settings) -> dict[str, list[Round]]:
+    """Measure every candidate in every round; who goes first changes, so that none profits from the machine's drift.
 
     Raises:
         UsageError: where an engine does not start, or fails.
@@ -63,20 +75,28 @@ def rounds(
     """
     found: dict[str, list[Round]] = {name: [] for name in candidates}
     # A start takes about as long as so many tokens; with that the estimate is right within a factor of two.
-    start = 20_000
-    total = count * len(candidates) * (start + sum(_weight(text, repeats) for text in work))
+    start, count, repeats = 20_000, settings.count, settings.repeats
+    total = count * len(candidates) * (start + sum(_weight(text, repeats) for text in settings.work))
     with progress() as bars:
         task = bars.add_task("", total=total)
         for turn in range(count):
             order = list(candidates)[:: 1 if turn % 2 == 0 else -1]
-            for name in order:
-                where = f"round {turn + 1}/{count}: {name}"
-                bars.update(task, description=f"{where} starts")
-
-                def seen(text: str, where: str = where) -> None:
-                    bars.update(task, advance=_weight(text, repeats) if text else start, description=where)
-
-                found[name].append(_measure(candidates[name], work, repeats, seed + turn, seen))
+            for names in [order] if settings.interleaved else [[name] for name in order]:
+                with ExitStack() as stack:
+                    engines = {}
+                    for name in names:
+                        bars.update(task, description=f"round {turn + 1}/{count}: {name} starts")
+                        engine = _Engine(candidates[name], settings, settings.seed + turn)
+                        engines[name] = stack.enter_context(engine)
+                        bars.advance(task, start)
+                    bars.update(task, description=f"round {turn + 1}/{count}: {' and '.join(names)}")
+                    at_work = dict(engines)
+                    while at_work:
+                        for name in tuple(at_work):
+                            if text := at_work[name].advance():
+                                bars.advance(task, _weight(text, repeats) / Work.parse(text).samples(repeats))
+                            else:
+                                found[name].append(at_work.pop(name).found)
     return found
 
 
@@ -85,64 +105,95 @@ def _weight(text: str, repeats: int) -> int:
     return work.tokens * (1 if work.kind == "decode" else repeats)
 
 
-def _measure(candidate: Candidate, work: Sequence[str], repeats: int, seed: int, seen: Any) -> Round:
-    """One fresh process."""
-    with tempfile.TemporaryDirectory(prefix="vllm-ext-bench-") as folder:
-        out, log = Path(folder) / "measured.jsonl", Path(folder) / "log"
-        out.touch()
-        asked = {
+class _Engine:
+    """A fresh process with one engine, which works when it is told to and tells what it measured."""
+
+    def __init__(self, candidate: Candidate, settings: Settings, seed: int) -> None:
+        self.found = Round()
+        self.asked = {
             "model": candidate.model,
             "overrides": dict(candidate.overrides),
             "vllm_args": list(candidate.vllm_args),
-            "work": list(work),
-            "repeats": repeats,
+            "work": settings.work,
+            "repeats": settings.repeats,
             "seed": seed,
             "prose": list(candidate.prose),
-            "out": str(out),
         }
+
+    def __enter__(self) -> Self:
+        """Start it, until it can be asked."""
         # By itself vLLM would take nearly all memory for the KV cache of a CPU, and time how that is found.
         environment = {"VLLM_CPU_KVCACHE_SPACE": "1"} | os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-        environment = openmp.preloading(environment)
+        self.log = tempfile.TemporaryFile("w+", errors="replace")
+        read, write = os.pipe()  # vLLM logs to the other ones
         began = time.time()
-        with log.open("w") as written:
-            command = [sys.executable, "-m", "vllm_ext.bench.worker"]
-            process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=written, stderr=written, text=True, env=environment
-            )
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "vllm_ext.bench.worker", str(write)],
+            stdin=subprocess.PIPE,
+            stdout=self.log,
+            stderr=self.log,
+            text=True,
+            env=openmp.preloading(environment),
+            pass_fds=[write],
+        )
+        os.close(write)
+        self.told, self.memory = os.fdopen(read), _Memory(self.process.pid)
         try:
-            assert process.stdin is not None
-            process.stdin.write(json.dumps(asked))
-            process.stdin.close()
-            watch = _Memory(process.pid)
-            found = _follow(process, out, began, seen)
-            found.peak_bytes = watch.stop()
-        finally:
-            _end(process)
-        if process.returncode != 0:
-            raise UsageError(_failed(process.returncode, log.read_text(errors="replace")))
-        return found
+            told = self._ask(json.dumps(self.asked))
+            if told is None:
+                raise UsageError(self._failed())
+        except BaseException:
+            self.__exit__()
+            raise
+        self.found.start_seconds = told.pop("ready") - began
+        for name, value in told.items():
+            setattr(self.found, name, value)
+        return self
 
+    def advance(self) -> str | None:
+        """Let it measure one step, or one whole prompt, more; returns of which work that was, or None at the end."""
+        told = self._ask("")
+        if told is not None:
+            self.found.seconds.setdefault(told["work"], []).append(told["seconds"])
+            return str(told["work"])
+        self.found.peak_bytes = self.memory.stop()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(STOP_SECONDS)
+        if self.process.returncode:
+            raise UsageError(self._failed())
+        return None
 
-def _follow(process: subprocess.Popen[str], out: Path, began: float, seen: Any) -> Round:
-    """Read what the process writes, line by line, until it ends."""
-    found, read, ended = Round(), 0, False
-    while not ended:
-        ended = process.poll() is not None
-        lines = out.read_text().splitlines(keepends=True)
-        for line in (line for line in lines[read:] if line.endswith("\n")):
-            read += 1
-            told = json.loads(line)
-            if "work" in told:
-                found.seconds[told["work"]] = told["seconds"]
-                seen(told["work"])
-            else:
-                found.start_seconds = told.pop("ready") - began
-                for name, value in told.items():
-                    setattr(found, name, value)
-                seen("")
-        if not ended:
-            time.sleep(0.5)
-    return found
+    def _ask(self, line: str) -> Any:
+        """Say a line, and wait for one; None where there is none, since it has ended."""
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):
+            self.process.stdin.write(line + "\n")
+            self.process.stdin.flush()
+        answer = self.told.readline()
+        return json.loads(answer) if answer else None
+
+    def _failed(self) -> str:
+        self.log.seek(0)
+        lines = [line for line in self.log.read().splitlines() if line.strip()]
+        Console(stderr=True, highlight=False).print("\n".join(lines[-LOG_LINES:]), markup=False)
+        cause = next((f" ({match[1]})" for line in lines if (match := RAISED.search(line))), "")
+        return f"an engine ended with code {self.process.wait()}{cause}; the end of its log is above"
+
+    def __exit__(self, *unused: object) -> None:
+        """End what is still running, and what it started."""
+        self.memory.stop()
+        if self.process.poll() is None:
+            tree = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
+            for each in tree:
+                each.terminate()
+            for each in psutil.wait_procs(tree, STOP_SECONDS)[1]:
+                each.kill()
+            self.process.wait()
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.told.close()
+        self.log.close()
 
 
 class _Memory:
@@ -167,21 +218,3 @@ class _Memory:
         self.over.set()
         self.thread.join()
         return self.peak
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    """End what is still running, and what it started."""
-    if process.poll() is None:
-        tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        for each in tree:
-            each.terminate()
-        for each in psutil.wait_procs(tree, STOP_SECONDS)[1]:
-            each.kill()
-        process.wait()
-
-
-def _failed(code: int, log: str) -> str:
-    lines = [line for line in log.splitlines() if line.strip()]
-    Console(stderr=True, highlight=False).print("\n".join(lines[-LOG_LINES:]), markup=False)
-    cause = next((f" ({match[1]})" for line in lines if (match := RAISED.search(line))), "")
-    return f"an engine ended with code {code}{cause}; the end of its log is above"

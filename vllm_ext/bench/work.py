@@ -72,11 +72,15 @@ class Work:
         grown = self.context + (DECODE_STEPS // 2 if self.kind == "decode" else 2)
         return [*prompt, *[Step(1, grown, prompt=False)] * self.streams]
 
+    def samples(self, repeats: int) -> int:
+        """How many steps, or whole prompts, are timed."""
+        return DECODE_STEPS if self.kind == "decode" else repeats
+
     def answer_tokens(self, repeats: int) -> int:
         """Tokens that each stream generates. The first ones to be prefilled go on while the others are, and still must
         not end before the last step that is timed.
         """
-        return SETTLING_STEPS + self.streams + (DECODE_STEPS if self.kind == "decode" else MIXED_STEPS * repeats)
+        return SETTLING_STEPS + self.streams + self.samples(repeats) * (1 if self.kind == "decode" else MIXED_STEPS)
 
     def longest(self, repeats: int) -> int:
         """Tokens of the longest request."""

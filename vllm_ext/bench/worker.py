@@ -10,12 +10,11 @@ import os
 import random
 import sys
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from vllm_ext import openmp
-from vllm_ext.bench.work import DECODE_STEPS, SETTLING_STEPS, Work
+from vllm_ext.bench.work import SETTLING_STEPS, Work
 
 
 class Bench:
@@ -51,12 +50,10 @@ class Bench:
         outputs = self.engine.step()
         return time.perf_counter() - start, {each.request_id: len(each.outputs[0].token_ids) for each in outputs}
 
-    def run(self) -> float:
-        """Seconds until nothing is left to do."""
-        taken = 0.0
+    def run(self) -> None:
+        """Until nothing is left to do."""
         while self.engine.has_unfinished_requests():
-            taken += self.step()[0]
-        return taken
+            self.step()
 
     def generating(self, streams: int, context: int, answer_tokens: int) -> None:
         """Prefill that many requests, until each has had some steps of its own."""
@@ -66,30 +63,20 @@ class Bench:
         for _ in range(SETTLING_STEPS - 2):
             self.step()
 
-    def time(self, work: Work, repeats: int) -> list[float]:
+    def time(self, work: Work, repeats: int) -> Iterator[float]:
         """Seconds of a step of the work, or of a whole prompt, several times."""
-        if work.kind == "prefill":
-            taken = []
-            for _ in range(repeats):
-                self.add(work.prompt, 1)
-                taken.append(self.run())
-            return taken
-        self.generating(work.streams, work.context, work.answer_tokens(repeats))
-        if work.kind == "decode":
-            taken = [self.step()[0] for _ in range(DECODE_STEPS)]
-            self.run()
-            return taken
-        taken = []
-        for _ in range(repeats):
-            name, spent = self.add(work.prompt, 1), 0.0
-            while True:
+        if work.streams:
+            self.generating(work.streams, work.context, work.answer_tokens(repeats))
+        for _ in range(work.samples(repeats)):
+            if work.kind == "decode":
+                yield self.step()[0]
+                continue
+            name, spent, answered = self.add(work.prompt, 1), 0.0, dict[str, int]()
+            while name not in answered:
                 seconds, answered = self.step()
                 spent += seconds
-                if name in answered:
-                    break
-            taken.append(spent)
+            yield spent
         self.run()
-        return taken
 
 
 def make_engine(model: str, vllm_args: Sequence[str], overrides: dict[str, Any]) -> Any:
@@ -107,32 +94,40 @@ def make_engine(model: str, vllm_args: Sequence[str], overrides: dict[str, Any])
 
 
 def main() -> None:
-    """Do what the JSON on stdin asks, and write what was measured to the file it names."""
+    """Do what the JSON on stdin's first line asks: a step for each further line, and each measured one told in a line
+    to the file descriptor that is named.
+    """
     from model_executors.head import SpellingHead
 
-    asked = json.load(sys.stdin)
-    out = Path(asked["out"])
+    asked = json.loads(sys.stdin.readline())
     SpellingHead.compiles = openmp.preloaded()  # this process has one engine
     engine = make_engine(asked["model"], asked["vllm_args"], asked["overrides"])
     cache = engine.vllm_config.cache_config
     config = engine.vllm_config.model_config
-    first: dict[str, Any] = {
-        "ready": time.time(),
-        "kv_capacity_tokens": cache.kv_cache_size_tokens,
-        "max_model_len": config.max_model_len,
-        "element_bytes": config.dtype.itemsize,
-        "threads": len(os.sched_getaffinity(0)),
-    }
-    with out.open("a", buffering=1) as lines:
-        lines.write(json.dumps(first) + "\n")
+    with os.fdopen(int(sys.argv[1]), "w", buffering=1) as out:
+
+        def tell(**told: Any) -> None:
+            out.write(json.dumps(told) + "\n")
+            sys.stdin.readline()
+
+        tell(
+            ready=time.time(),
+            kv_capacity_tokens=cache.kv_cache_size_tokens,
+            max_model_len=config.max_model_len,
+            element_bytes=config.dtype.itemsize,
+            threads=len(os.sched_getaffinity(0)),
+        )
         bench = Bench(engine, asked["seed"], asked["prose"])
         bench.add(64, 4)
         bench.run()
         for text in asked["work"]:
-            work = Work.parse(text)
-            bench.time(Work(work.kind, min(work.prompt, 64), work.streams, min(work.context, 32)), 1)  # warm-up
-            lines.write(json.dumps({"work": text, "seconds": bench.time(work, asked["repeats"])}) + "\n")
-    engine.engine_core.shutdown()
+            work, repeats = Work.parse(text), asked["repeats"]
+            warm_up = Work(work.kind, min(work.prompt, 64), work.streams, min(work.context, 32))
+            for _ in bench.time(warm_up, 1):
+                pass
+            for seconds in bench.time(work, repeats):
+                tell(work=text, seconds=seconds)
+        engine.engine_core.shutdown()
 
 
 if __name__ == "__main__":
