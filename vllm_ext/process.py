@@ -63,8 +63,13 @@ def _wait(server: subprocess.Popen[bytes], url: str, log: Any) -> None:
                 return
         time.sleep(0.5)
     log.seek(0)
-    lines = [line for line in log.read().splitlines() if line.strip()]
-    Console(stderr=True, highlight=False).print("\n".join(lines[-LOG_LINES:]), markup=False)
+    cause = show_end(log.read())
     why = f"not in {START_SECONDS} s" if server.returncode is None else f"it exited with code {server.returncode}"
-    cause = next((f" ({match[1]})" for line in lines if (match := RAISED.search(line))), "")
     raise UsageError(f"the server did not start: {why}{cause}; the end of its log is above")
+
+
+def show_end(log: str) -> str:
+    """Print the end of a log on stderr; returns what was raised first in it, in parentheses after a space, if any."""
+    lines = [line for line in log.splitlines() if line.strip()]
+    Console(stderr=True, highlight=False).print("\n".join(lines[-LOG_LINES:]), markup=False)
+    return next((f" ({match[1]})" for line in lines if (match := RAISED.search(line))), "")

@@ -78,11 +78,10 @@ def rows(
         unit: str,
         values: tuple[list[float], list[float]],
         ideal: float | None,
-        more: bool = False,
         gains: Sequence[float] = (),
     ) -> None:
         theirs, ours = values
-        gains = gains or [b / a if more else a / b for a, b in zip(theirs, ours, strict=True)]
+        gains = gains or [a / b for a, b in zip(theirs, ours, strict=True)]
         spread = interval(gains, settings.seed)
         medians = statistics.median(theirs), statistics.median(ours)
         found.append(Row(name, unit, *medians, statistics.median(gains), spread, ideal))
@@ -95,14 +94,15 @@ def rows(
         theirs, ours = (parts(shape, *each, steps) for each in ((full, heads[0]), (plan, heads[1])))
         times = each_of(partial(_milliseconds, text))
         pairs = [_paired(text, *each) for each in zip(stock, variant, strict=True)] if settings.interleaved else ()
-        row(text, "ms", times, seconds(theirs, machine) / seconds(ours, machine), gains=pairs)
+        row(text, "ms", times, seconds(theirs, machine) / seconds(ours, machine), pairs)
     # vLLM compiles at a model's first start, and finds what it compiled at later ones.
     later = slice(1 if len(stock) > 1 else 0, None)
     row("start-up", "s", each_of(lambda each: each.start_seconds, later), 1.0)
     row("peak memory", "GiB", each_of(lambda each: each.peak_bytes / 2**30), None)
     context = variant[0].max_model_len
     capacity = kv_tokens(shape, full, context) / kv_tokens(shape, plan, context)
-    row("KV-cache capacity", "tokens", each_of(lambda each: float(each.kv_capacity_tokens)), capacity, more=True)
+    tokens = each_of(lambda each: float(each.kv_capacity_tokens))
+    row("KV-cache capacity", "tokens", tokens, capacity, [b / a for a, b in zip(*tokens, strict=True)])
     return found
 
 

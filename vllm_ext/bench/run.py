@@ -13,16 +13,14 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 import psutil
-from rich.console import Console
 
 from vllm_ext import openmp
 from vllm_ext.bench.work import Work
 from vllm_ext.errors import UsageError
-from vllm_ext.process import LOG_LINES, RAISED
+from vllm_ext.process import STOP_SECONDS, show_end
 from vllm_ext.progress import progress
 
 SAMPLE_SECONDS = 0.2
-STOP_SECONDS = 30
 
 
 @dataclass(frozen=True)
@@ -174,9 +172,7 @@ class _Engine:
 
     def _failed(self) -> str:
         self.log.seek(0)
-        lines = [line for line in self.log.read().splitlines() if line.strip()]
-        Console(stderr=True, highlight=False).print("\n".join(lines[-LOG_LINES:]), markup=False)
-        cause = next((f" ({match[1]})" for line in lines if (match := RAISED.search(line))), "")
+        cause = show_end(self.log.read())
         return f"an engine ended with code {self.process.wait()}{cause}; the end of its log is above"
 
     def __exit__(self, *unused: object) -> None:

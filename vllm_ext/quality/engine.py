@@ -12,11 +12,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from vllm_ext.errors import UsageError
 from vllm_ext.figures import Scored
-from vllm_ext.process import LOG_LINES, STOP_SECONDS
+from vllm_ext.process import STOP_SECONDS, show_end
 from vllm_ext.quality.work import Work
 from vllm_ext.serve import one_line
 
@@ -76,8 +74,7 @@ def reply_of(
             engine.join()
         if isinstance(message, Failure):
             if message.with_log:
-                lines = [line for line in log.read().splitlines() if line.strip()]
-                Console(stderr=True, highlight=False).print("\n".join(lines[-LOG_LINES:]), markup=False)
+                show_end(log.read())
             raise UsageError(message.reason)
         assert isinstance(message, Replies)
         return message
