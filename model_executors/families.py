@@ -35,7 +35,7 @@ class Family:
     kinds: tuple[Kind, ...] = KINDS
     """What its layers can be: a frozen layer's attention must do nothing between its kernel and `out_proj`, and a
     window's must give the kernel heads of one size."""
-    module: str = "model_executors.decoder"
+    module: str = "model_executors.layers.decoder"
     """Where the planned class is made."""
 
     @property
@@ -61,7 +61,7 @@ def _transformers(architecture: str, **names: Any) -> Family:
         architecture,
         residual=False,
         kinds=("full", "window", "skip"),  # positions reach these attentions as rotations
-        module="model_executors.transformers_decoder",
+        module="model_executors.layers.transformers_decoder",
         **names,
     )
 

@@ -9,7 +9,7 @@ import logging
 import signal
 from types import FrameType
 
-from vllm_ext.stopping import stopping
+from serving.stopping import stopping
 
 logger = logging.getLogger("vllm.vllm_ext")
 

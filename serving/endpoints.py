@@ -17,7 +17,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse, ModelCard, Mod
 from serving.drain import drain
 from serving.errors import error_response
 from serving.plan import PlanReport
-from vllm_ext.server_settings import ARGUMENT
+from serving.settings import ARGUMENT
 
 router = APIRouter(tags=["vllm-ext"])
 

@@ -10,7 +10,7 @@ from http import HTTPStatus
 from typing import Any
 
 from serving.errors import Refused
-from vllm_ext.server_settings import ServerSettings
+from serving.settings import ServerSettings
 
 OUTPUT_TOKENS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 CountTokens = Callable[[dict[str, Any]], Awaitable[int]]

@@ -22,7 +22,7 @@ from serving import limits, logs
 from serving.drain import drain
 from serving.errors import Refused
 from serving.metrics import HttpMetrics
-from vllm_ext.server_settings import ARGUMENT, ServerSettings
+from serving.settings import ARGUMENT, ServerSettings
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 # Asked by supervisors and scrapers, who have no key and must be answered whatever the load.

@@ -10,10 +10,10 @@ from vllm.config import VllmConfig
 
 from model_executors.attention_plan import CONFIG_KEY, KINDS, AttentionPlan, Consolidation, Kind, LayerPlan
 from model_executors.families import FAMILIES, family_of
-from model_executors.head_plan import HeadPlan
-from model_executors.head_plan import Kind as HeadKind
+from model_executors.heads.head_plan import HeadPlan
+from model_executors.heads.head_plan import Kind as HeadKind
 from serving.capacity import cache_dtype, capacities, torch_dtype
-from vllm_ext.footprint import count_parameters, kv_bytes
+from vllm_ext.costs import count_parameters, kv_bytes
 
 logger = logging.getLogger("vllm.vllm_ext")
 

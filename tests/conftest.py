@@ -45,6 +45,6 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The embedded model's checkpoint."""
-    from vllm_ext.embedded import fetch
+    from vllm_ext.embedded.model import fetch
 
     return fetch()

@@ -15,7 +15,7 @@ import psutil
 
 from vllm_ext.process import free_port
 
-COMMAND = [sys.executable, "-m", "vllm_ext.cli", "serve"]
+COMMAND = [sys.executable, "-m", "vllm_ext.cli.main", "serve"]
 
 
 @dataclass

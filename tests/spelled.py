@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 from model_executors.attention_plan import LayerPlan
-from model_executors.character_head import slots_of
-from model_executors.head_plan import HeadPlan, HeadShape, Kind, head_tensor_name
+from model_executors.heads.character_head import slots_of
+from model_executors.heads.head_plan import HeadPlan, HeadShape, Kind, head_tensor_name
 from tests.fitted import write_random
 from tests.reference import Reference
 from vllm_ext.checkpoint import Checkpoint, Trained, write_planned
-from vllm_ext.fit import Fit
+from vllm_ext.offline.fit import Fit
 
 PLACES = 4
 LETTERS = 7

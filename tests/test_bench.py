@@ -9,9 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from model_executors.attention_plan import AttentionPlan, LayerPlan
-from model_executors.head_plan import HeadPlan
+from model_executors.heads.head_plan import HeadPlan
 from vllm_ext.bench import run as bench_run
-from vllm_ext.bench.cli import app
 from vllm_ext.bench.command import Variant, measure, shape_of
 from vllm_ext.bench.ideal import Machine
 from vllm_ext.bench.report import Row, interval, rows
@@ -20,9 +19,10 @@ from vllm_ext.bench.shapes import SHAPES, write_shape
 from vllm_ext.bench.work import Step, Work
 from vllm_ext.bench.worker import Bench
 from vllm_ext.checkpoint import Checkpoint
+from vllm_ext.cli.bench import app
 from vllm_ext.errors import UsageError
 
-COMMAND = [sys.executable, "-m", "vllm_ext.cli"]
+COMMAND = [sys.executable, "-m", "vllm_ext.cli.main"]
 
 
 def run(*arguments, command="bench"):

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model_executors.character_head import PAD, CharacterHead, slots_of, with_exact
-from model_executors.head_plan import HeadShape
+from model_executors.heads.character_head import PAD, CharacterHead, slots_of, with_exact
+from model_executors.heads.head_plan import HeadShape
 from tests.spelled import PLACES, random_spellings, random_tensors, rescored_row, spelled_logprobs
 
 HIDDEN = 16

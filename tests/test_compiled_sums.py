@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from model_executors.character_head import Spelling, slots_of
-from model_executors.head_plan import HeadShape
+from model_executors.heads.character_head import Spelling, slots_of
+from model_executors.heads.head_plan import HeadShape
 from tests.spelled import PLACES, random_spellings
 
 BLOCK = 64

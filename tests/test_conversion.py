@@ -19,9 +19,9 @@ from tests.spelled import SpelledReference
 from tests.test_vocabulary import byte_level
 from tests.tiny import prompts, write_tiny
 from vllm_ext.checkpoint import Checkpoint
-from vllm_ext.cli import app
+from vllm_ext.cli.main import app
 from vllm_ext.errors import UsageError
-from vllm_ext.spell import training
+from vllm_ext.heads import training
 
 SIZES = ["--length", "32", "--tokens", "512", "--held-out", "64", "--width", "64", "--batch", "64"]
 
@@ -188,8 +188,17 @@ def test_two_processes_take_half_of_each_batch(model, text, tmp_path):
     """They come to what one does, but for the order in which sums are taken."""
     options = ["--text", str(text), *SIZES, "--steps", "3"]
     alone = trained(model, text, tmp_path / "alone", "--steps", "3")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "vllm_ext.cli"]
-    command = [*launch, "spell", "train", str(model), "--out", str(tmp_path / "two"), *options]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "-m",
+        "vllm_ext.cli.main",
+    ]
+    command = [*launch, "vllm_ext.cli.main", "spell", "train", str(model), "--out", str(tmp_path / "two"), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines().count(str(tmp_path / "two")) == 1

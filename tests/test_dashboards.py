@@ -14,7 +14,7 @@ import httpx
 import pytest
 import yaml
 
-from vllm_ext.embedded import fetch_planned
+from vllm_ext.embedded.model import fetch_planned
 from vllm_ext.process import free_port, running
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
@@ -95,7 +95,7 @@ def scraped(smollm2, tmp_path_factory):
         patch.setenv("OMP_NUM_THREADS", "1")
         servers = {}
         for job, port in ports.items():
-            command = [sys.executable, "-m", "vllm_ext.cli", "serve", *map(str, models[job]), "--port", str(port)]
+            command = [sys.executable, "-m", "vllm_ext.cli.main", "serve", *map(str, models[job]), "--port", str(port)]
             servers[job] = running([*command, *options], port)
         urls = dict(zip(servers, pool.map(stack.enter_context, servers.values()), strict=True))
         targets = {job: f"127.0.0.1:{port}" for job, port in ports.items()}

@@ -9,7 +9,7 @@ import pytest
 import typer
 import yaml
 
-from vllm_ext.cli import app
+from vllm_ext.cli.main import app
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
 CHART = DEPLOY / "helm" / "vllm-ext"

@@ -9,7 +9,7 @@ from model_executors.families import FAMILIES
 
 def examine(**environment):
     return subprocess.run(
-        [sys.executable, "-m", "vllm_ext.cli", "doctor"],
+        [sys.executable, "-m", "vllm_ext.cli.main", "doctor"],
         capture_output=True, text=True, timeout=300, check=False, env={**os.environ, **environment, "COLUMNS": "200"},
     )  # fmt: skip
 

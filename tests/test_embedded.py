@@ -7,9 +7,9 @@ import pytest
 from typer.testing import CliRunner
 
 from model_executors.attention_plan import FULL
-from vllm_ext import embedded
 from vllm_ext.checkpoint import Checkpoint
-from vllm_ext.cli import app
+from vllm_ext.cli.main import app
+from vllm_ext.embedded import model as embedded
 from vllm_ext.errors import UsageError
 from vllm_ext.layers import layer_plans
 

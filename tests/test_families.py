@@ -6,7 +6,7 @@ from model_executors.families import FAMILIES, family_of
 from tests.parity import check
 from tests.tiny import CONFIGS
 
-NATIVE = [name for name in CONFIGS if FAMILIES[f"{name}ForCausalLM"].module == "model_executors.decoder"]
+NATIVE = [name for name in CONFIGS if FAMILIES[f"{name}ForCausalLM"].module == "model_executors.layers.decoder"]
 
 
 @pytest.mark.parametrize(

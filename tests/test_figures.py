@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from vllm_ext.figures import Figure, Scored, accuracy, agreement, is_right, normalised, perplexity
+from vllm_ext.reports.figures import Figure, Scored, accuracy, agreement, is_right, normalised, perplexity
 
 # Two passages of three tokens; the second model is as sure of the first and half as sure of each token of the second.
 STOCK = [Scored([math.log(0.5)] * 3, [1, 2, 3]), Scored([math.log(0.25)] * 3, [4, 5, 6])]

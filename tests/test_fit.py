@@ -19,12 +19,12 @@ from tests.reference import Reference
 from tests.tiny import CONFIGS, NUM_LAYERS, TEXT, VOCAB_SIZE, tokenizer
 from tests.variants import write_quantized
 from vllm_ext import fit as fitting
-from vllm_ext.attentions import Seen
 from vllm_ext.checkpoint import Checkpoint, write_planned
-from vllm_ext.cli import app
+from vllm_ext.cli.main import app
 from vllm_ext.errors import UsageError
-from vllm_ext.fit import Fit, Moments, fit, fit_passages
-from vllm_ext.offline import load
+from vllm_ext.offline.attentions import Seen
+from vllm_ext.offline.fit import Fit, Moments, fit, fit_passages
+from vllm_ext.offline.model import load
 
 WINDOW = 8
 # Gemma's odd layers are those without a sliding window of their own.
@@ -319,7 +319,7 @@ def test_the_real_model_is_fitted_in_bounded_memory(smollm2, tmp_path):
     options = ["plan", str(smollm2), "--window", "3:128", "--tokens", "4096", "--out", str(tmp_path / "out")]
     code = """
 import resource, sys
-from vllm_ext.cli import app
+from vllm_ext.cli.main import app
 app(standalone_mode=False)
 print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """

@@ -15,7 +15,7 @@ from model_executors.attention_plan import AttentionPlan, LayerPlan
 from model_executors.families import family_of
 from tests.engines import engine, runner, skipping
 from tests.tiny import CONFIGS, NUM_LAYERS
-from vllm_ext.footprint import BLOCK_SIZE, KvBytes, count_parameters, kv_blocks, kv_bytes, saved_kv
+from vllm_ext.costs import BLOCK_SIZE, KvBytes, count_parameters, kv_blocks, kv_bytes, saved_kv
 
 
 @pytest.mark.parametrize("family", CONFIGS)

@@ -5,7 +5,7 @@ import torch
 from vllm.exceptions import VLLMValidationError
 
 from model_executors.attention_plan import LayerPlan
-from model_executors.freeze import select_rows
+from model_executors.layers.freeze import select_rows
 from tests.answers import assert_same
 from tests.engines import NEW_TOKENS, answers, engine, runner
 from tests.fitted import write_random

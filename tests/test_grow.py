@@ -8,7 +8,7 @@ from PIL import Image
 from model_executors.attention_plan import LayerPlan
 from tests.fitted import write_random
 from tests.test_bench import run
-from vllm_ext.bench.cli import app
+from vllm_ext.cli.bench import app
 from vllm_ext.errors import UsageError
 
 EAGER = ("--enforce-eager", "--dtype", "float32")

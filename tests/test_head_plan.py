@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from model_executors.character_head import CharacterHead
-from model_executors.head_plan import HeadPlan, HeadShape
-from model_executors.screened_head import Int4Copy
+from model_executors.heads.character_head import CharacterHead
+from model_executors.heads.head_plan import HeadPlan, HeadShape
+from model_executors.heads.screened_head import Int4Copy
 from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.errors import UsageError
 

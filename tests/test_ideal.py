@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from model_executors.attention_plan import AttentionPlan, LayerPlan
 from model_executors.families import family_of
-from model_executors.head_plan import HeadPlan
+from model_executors.heads.head_plan import HeadPlan
 from tests.tiny import NUM_LAYERS
 from vllm_ext.bench.ideal import Machine, Part, Shape, kv_tokens, looks, parts, seconds
 from vllm_ext.bench.work import Step, Work

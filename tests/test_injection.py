@@ -4,7 +4,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from vllm_ext.checkpoint import Checkpoint
-from vllm_ext.offline import OfflineModel
+from vllm_ext.offline.model import OfflineModel
 from vllm_ext.probe.injection import Pairs
 
 

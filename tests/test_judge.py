@@ -4,8 +4,8 @@ import pytest
 
 from model_executors.attention_plan import LayerPlan
 from vllm_ext.errors import UsageError
-from vllm_ext.figures import Figure
 from vllm_ext.planner.judge import Goal, Judged
+from vllm_ext.reports.figures import Figure
 
 
 def judged(saved, kept, worst, prefill=0.0):

@@ -8,8 +8,8 @@ import pytest
 
 from serving import limits
 from serving.errors import Refused
+from serving.settings import ServerSettings
 from tests.servers import eventually, served
-from vllm_ext.server_settings import ServerSettings
 
 KEY = "a-key-for-tests"
 STRICT = ServerSettings(max_n=2, max_output_tokens=10)

@@ -12,7 +12,7 @@ from selenium.webdriver.chrome.service import Service
 
 from vllm_ext.process import free_port, running
 
-COMMAND = [sys.executable, "-m", "vllm_ext.cli", "loadtest"]
+COMMAND = [sys.executable, "-m", "vllm_ext.cli.main", "loadtest"]
 PLOTS = {"throughput-chat", "goodput-chat", "ttft-chat", "itl-chat", "kv", "queue"}
 
 

@@ -16,10 +16,10 @@ from loadtests.run import LOCUSTFILE, locust
 from loadtests.tokenizers import find_texts
 from loadtests.workloads import Workload
 from tests.servers import eventually, served
-from vllm_ext.offline import fast_dtype
+from vllm_ext.offline.model import fast_dtype
 from vllm_ext.process import free_port
 
-COMMAND = [sys.executable, "-m", "vllm_ext.cli", "loadtest", "compare"]
+COMMAND = [sys.executable, "-m", "vllm_ext.cli.main", "loadtest", "compare"]
 LOCUST = [sys.executable, "-m", "locust", "--headless", "--only-summary"]
 WITHIN = 0.05
 

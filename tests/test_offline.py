@@ -8,9 +8,9 @@ from model_executors.families import FAMILIES
 from tests.fitted import write_random
 from tests.reference import Reference
 from tests.tiny import CONFIGS, NUM_LAYERS, prompts
-from vllm_ext.attentions import QUERIES_AT_ONCE, sink_attention
 from vllm_ext.checkpoint import Checkpoint
-from vllm_ext.offline import Batch, Changed, Item, OfflineModel, generate
+from vllm_ext.offline.attentions import QUERIES_AT_ONCE, sink_attention
+from vllm_ext.offline.model import Batch, Changed, Item, OfflineModel, generate
 
 WINDOW = 8
 PLANS = {

@@ -6,7 +6,7 @@ import pytest
 
 from tests.tiny import TEXT, tokenizer
 from vllm_ext.errors import UsageError
-from vllm_ext.passages import cut, read_texts
+from vllm_ext.tasks.passages import cut, read_texts
 
 
 @pytest.mark.parametrize("bos", [False, True])

@@ -8,9 +8,9 @@ from typer.testing import CliRunner
 
 from tests.tiny import NUM_LAYERS, tokenizer
 from vllm_ext.checkpoint import Checkpoint
-from vllm_ext.cli import app
+from vllm_ext.cli.main import app
 from vllm_ext.errors import UsageError
-from vllm_ext.offline import Changed, OfflineModel, generate
+from vllm_ext.offline.model import Changed, OfflineModel, generate
 from vllm_ext.planner.judge import Goal
 from vllm_ext.planner.run import Planner, Settings
 

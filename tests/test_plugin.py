@@ -7,8 +7,8 @@ from importlib.metadata import entry_points
 import pytest
 from vllm import ModelRegistry
 
-from model_executors.decoder import AttentionPlanDecoder
 from model_executors.families import FAMILIES
+from model_executors.layers.decoder import AttentionPlanDecoder
 from vllm_ext import plugin, versions
 
 
@@ -19,7 +19,7 @@ def test_registers_every_family_once_however_often_it_is_called():
 
 
 def test_each_planned_class_is_vllms_own_with_the_adapter_in_front():
-    import model_executors.decoder as decoder
+    import model_executors.layers.decoder as decoder
 
     for family in FAMILIES.values():
         planned = getattr(decoder, family.planned_architecture)

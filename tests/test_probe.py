@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 from tests.tiny import write_tiny
 from vllm_ext.checkpoint import Checkpoint
-from vllm_ext.cli import app
+from vllm_ext.cli.main import app
 from vllm_ext.errors import UsageError
-from vllm_ext.offline import OfflineModel
+from vllm_ext.offline.model import OfflineModel
 from vllm_ext.probe import run
 from vllm_ext.probe.attention import WINDOW, looks
 from vllm_ext.probe.run import Settings, probe

@@ -17,7 +17,7 @@ from vllm_ext.errors import UsageError
 from vllm_ext.quality.command import Candidate, measure
 from vllm_ext.quality.work import Settings, prepare_work
 
-COMMAND = [sys.executable, "-m", "vllm_ext.cli", "quality"]
+COMMAND = [sys.executable, "-m", "vllm_ext.cli.main", "quality"]
 LENGTH = 128
 ANSWER = LENGTH // 4
 PLANNED = "skip 29, freeze 20-28"

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import yaml
 
-from vllm_ext.embedded import fetch_planned
+from vllm_ext.embedded.model import fetch_planned
 from vllm_ext.process import free_port
 
 pytestmark = pytest.mark.slow

@@ -18,7 +18,7 @@ import psutil
 import pytest
 import yaml
 
-from vllm_ext.embedded import fetch_planned
+from vllm_ext.embedded.model import fetch_planned
 from vllm_ext.process import free_port, running
 
 pytestmark = pytest.mark.slow
@@ -172,7 +172,7 @@ def replica(name: str):
         pytest.skip("vllm-router is not installed: make test-slow installs it")
     port = free_port()
     options = ["--served-model-name", "SmolLM2", "--enforce-eager", "--max-model-len", "1024"]
-    command = [sys.executable, "-m", "vllm_ext.cli", "serve", str(fetch_planned()), *options]
+    command = [sys.executable, "-m", "vllm_ext.cli.main", "serve", str(fetch_planned()), *options]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         patch.setenv("OMP_NUM_THREADS", "1")

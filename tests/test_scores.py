@@ -8,11 +8,11 @@ from tests.engines import answers, engine
 from tests.fitted import write_random
 from tests.tiny import NUM_LAYERS, prompts
 from vllm_ext.checkpoint import Checkpoint
-from vllm_ext.offline import Item, OfflineModel
-from vllm_ext.probe import scores
+from vllm_ext.offline.model import Item, OfflineModel
 from vllm_ext.probe.manipulations import Manipulation, manipulation
-from vllm_ext.probe.scores import Asked
-from vllm_ext.probe.tasks import Task
+from vllm_ext.tasks import scores
+from vllm_ext.tasks.scores import Asked
+from vllm_ext.tasks.tasks import Task
 
 PLAN = {
     1: LayerPlan("window", 16),

@@ -8,9 +8,9 @@ from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 
-from model_executors import screened_head
-from model_executors.screened_head import GROUP, Int4Copy, quantize, rescored
-from model_executors.whole_rows import Whole, WholeRows, needs_all
+from model_executors.heads import screened_head
+from model_executors.heads.screened_head import GROUP, Int4Copy, quantize, rescored
+from model_executors.hooks.whole_rows import Whole, WholeRows, needs_all
 from tests.answers import assert_same
 from tests.engines import NEW_TOKENS, answers, engine, outputs, runner
 from tests.reference import Reference

@@ -2,8 +2,8 @@
 
 import torch
 
-from model_executors.head_plan import GROUP
-from vllm_ext.spell.screening import NUCLEI, missed
+from model_executors.heads.head_plan import GROUP
+from vllm_ext.heads.screening import NUCLEI, missed
 
 
 def test_counts_rows_that_miss_some():

@@ -7,13 +7,13 @@ from model_executors.attention_plan import KINDS, AttentionPlan, LayerPlan
 from model_executors.families import FAMILIES
 from tests.tiny import NUM_LAYERS, prompts
 from vllm_ext.checkpoint import Checkpoint
-from vllm_ext.fit import fit_passages
-from vllm_ext.footprint import count_parameters, prefill_flops, saved_kv
-from vllm_ext.offline import Changed, Item, OfflineModel, generate, load
+from vllm_ext.costs import count_parameters, prefill_flops, saved_kv
+from vllm_ext.offline.fit import fit_passages
+from vllm_ext.offline.model import Changed, Item, OfflineModel, generate, load
 from vllm_ext.planner.constants import fit_alone
 from vllm_ext.planner.search import Budget, Exhausted, Search
-from vllm_ext.probe.scores import Asked
-from vllm_ext.probe.tasks import Task
+from vllm_ext.tasks.scores import Asked
+from vllm_ext.tasks.tasks import Task
 
 LAYERS = range(NUM_LAYERS)
 PASSAGES = torch.randint(3, 256, (4, 64), generator=torch.Generator().manual_seed(0))

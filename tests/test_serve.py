@@ -13,10 +13,10 @@ from openai import OpenAI
 
 from model_executors.attention_plan import LayerPlan
 from vllm_ext.checkpoint import Checkpoint, write_planned
-from vllm_ext.embedded import fetch_spelled
+from vllm_ext.embedded.model import fetch_spelled
 from vllm_ext.process import free_port, running
 
-COMMAND = [sys.executable, "-m", "vllm_ext.cli"]
+COMMAND = [sys.executable, "-m", "vllm_ext.cli.main"]
 QUESTION = {
     "model": "SmolLM2",
     "messages": [

@@ -4,11 +4,11 @@ import pytest
 
 from model_executors.attention_plan import LayerPlan
 from vllm_ext.checkpoint import Checkpoint, write_planned
-from vllm_ext.fit import fit
-from vllm_ext.offline import fast_dtype
+from vllm_ext.offline.fit import fit
+from vllm_ext.offline.model import fast_dtype
 from vllm_ext.quality.command import Candidate, measure
 from vllm_ext.quality.work import Settings
-from vllm_ext.texts import prose
+from vllm_ext.tasks.texts import prose
 
 PLANS = {
     "window": dict.fromkeys(range(15, 30), LayerPlan("window", 128)),

@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from vllm_ext.errors import UsageError
-from vllm_ext.probe.tasks import DOCUMENT_TOKENS, NAMES, PROSE_TOKENS, bundled, given, item
+from vllm_ext.tasks.tasks import DOCUMENT_TOKENS, NAMES, PROSE_TOKENS, bundled, given, item
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import sys
 import pytest
 from transformers import AutoTokenizer
 
-from vllm_ext import texts
+from vllm_ext.tasks import texts
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def python(code: str) -> str:
 
 
 def test_needs_neither_torch_nor_vllm():
-    code = "import sys; from vllm_ext import texts; texts.prose('held_out'); texts.capitals()"
+    code = "import sys; from vllm_ext.tasks import texts; texts.prose('held_out'); texts.capitals()"
     assert python(f"{code}; print([name for name in ('torch', 'vllm') if name in sys.modules])") == "[]"
 
 

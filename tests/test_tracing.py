@@ -12,13 +12,13 @@ from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from model_executors.attention_plan import LayerPlan
-from model_executors.character_head import CharacterHead, with_exact
-from model_executors.consolidation import Consolidation
-from model_executors.exact_rows import exact_scores
-from model_executors.freeze import FrozenUpper, select_rows
-from model_executors.head_plan import HeadShape
-from model_executors.screened_head import Int4Copy, rescored
-from model_executors.window import WindowAttention
+from model_executors.heads.character_head import CharacterHead, with_exact
+from model_executors.heads.exact_rows import exact_scores
+from model_executors.heads.head_plan import HeadShape
+from model_executors.heads.screened_head import Int4Copy, rescored
+from model_executors.layers.consolidation import Consolidation
+from model_executors.layers.freeze import FrozenUpper, select_rows
+from model_executors.layers.window import WindowAttention
 from tests.engines import engine, runner
 from tests.fitted import write_random
 from tests.test_freeze import PLANS

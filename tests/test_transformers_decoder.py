@@ -35,7 +35,10 @@ def planned(tiny_models, tmp_path_factory):
     return {name: (folders[name], answer) for name, answer in zip(PLANS, expected, strict=True)}
 
 
-OTHERS = [name for name in CONFIGS if FAMILIES[f"{name}ForCausalLM"].module == "model_executors.transformers_decoder"]
+BACKEND = "model_executors.layers.transformers_decoder"
+OTHERS = [
+    name for name in CONFIGS if FAMILIES[f"{name}ForCausalLM"].module == "model_executors.layers.transformers_decoder"
+]
 
 
 @pytest.mark.parametrize("name", OTHERS)

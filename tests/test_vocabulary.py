@@ -8,10 +8,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from vllm_ext.cli import app
+from vllm_ext.cli.main import app
 from vllm_ext.errors import UsageError
-from vllm_ext.spell.vocabulary import BYTES, END, OWN, CharacterVocabulary, token_bytes
-from vllm_ext.texts import prose
+from vllm_ext.heads.vocabulary import BYTES, END, OWN, CharacterVocabulary, token_bytes
+from vllm_ext.tasks.texts import prose
 
 BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
 SENTENCE_PIECE = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]

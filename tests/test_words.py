@@ -7,18 +7,18 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from model_executors.character_head import slots_of
-from model_executors.head_plan import HeadPlan, head_tensor_name
-from model_executors.spelled_rows import SpelledRows
+from model_executors.heads.character_head import slots_of
+from model_executors.heads.head_plan import HeadPlan, head_tensor_name
+from model_executors.heads.spelled_rows import SpelledRows
 from tests.engines import answers, engine
 from tests.spelled import SpelledReference, random_tensors
 from tests.test_vocabulary import byte_level
 from tests.tiny import prompts, write_tiny
 from vllm_ext.checkpoint import Checkpoint, Trained, write_planned
 from vllm_ext.errors import UsageError
+from vllm_ext.heads.vocabulary import BYTES, CharacterVocabulary, token_bytes
+from vllm_ext.heads.words import WordProposer, Words, read_words, runs_of, speculation, texts_of, with_words, words_of
 from vllm_ext.serve import prepare
-from vllm_ext.spell.vocabulary import BYTES, CharacterVocabulary, token_bytes
-from vllm_ext.spell.words import WordProposer, Words, read_words, runs_of, speculation, texts_of, with_words, words_of
 
 VOCAB_SIZE, PLACES, NEW_TOKENS = 400, 11, 24
 LENGTHS = (3, 17, 40)
@@ -78,7 +78,7 @@ def answered(expected, tokenizer, monkeypatch):
     runs |= {(*run[:-1], other[0]) for run, other in zip(sorted(runs), sorted(runs, key=sum), strict=True)}
     spelled = [(run, b"".join(text.get(token, b"") for token in run)) for run in sorted(runs) if len(run) > 1]
     spelled = [(run, each) for run, each in spelled if all(text.get(token) for token in run) and len(each) < PLACES]
-    monkeypatch.setattr("vllm_ext.spell.words.runs_of", lambda *_: spelled)
+    monkeypatch.setattr("vllm_ext.heads.words.runs_of", lambda *_: spelled)
 
 
 def words_from(spelled, file):

@@ -21,13 +21,13 @@ from model_executors.attention_plan import (
     tensors_of,
 )
 from model_executors.families import Family, family_of
-from model_executors.head_plan import HeadPlan, head_tensor_name
+from model_executors.heads.head_plan import HeadPlan, head_tensor_name
 from vllm_ext.errors import UsageError
 
 if TYPE_CHECKING:  # it needs torch, which takes seconds to load
     import torch
 
-    from vllm_ext.fit import Fit
+    from vllm_ext.offline.fit import Fit
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"

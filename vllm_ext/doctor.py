@@ -70,7 +70,7 @@ def _in_vllm() -> Iterator[Finding]:
         from vllm.platforms import current_platform
         from vllm.plugins import load_general_plugins
 
-        from vllm_ext.offline import slow_on_cpu
+        from vllm_ext.offline.model import slow_on_cpu
 
         load_general_plugins()
         known = set(ModelRegistry.get_supported_archs())

@@ -16,7 +16,7 @@ def register() -> None:
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    from vllm_ext.verify import AttentionPlanConfig
+    from model_executors.hooks.verify import AttentionPlanConfig
 
     for family in FAMILIES.values():
         ModelRegistry.register_model(family.planned_architecture, f"{family.module}:{family.planned_architecture}")

@@ -19,12 +19,12 @@ from typing import Any, Literal
 import psutil
 
 from model_executors.attention_plan import CONFIG_KEY, LayerPlan
-from model_executors.head_plan import SPELLING, HeadPlan
-from model_executors.head_plan import Kind as HeadKind
+from model_executors.heads.head_plan import SPELLING, HeadPlan
+from model_executors.heads.head_plan import Kind as HeadKind
+from serving.settings import ARGUMENT, ServerSettings
+from serving.stopping import stopping
 from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.errors import UsageError
-from vllm_ext.server_settings import ARGUMENT, ServerSettings
-from vllm_ext.stopping import stopping
 from vllm_ext.versions import vllm_problem
 
 PLUGIN = "vllm_ext"
@@ -68,7 +68,7 @@ def serve(
     keys = read_keys(endpoint.api_key_file)
     checkpoint, overrides = prepare(model, changes, vllm_args, head, agreement)
     if words is not None:
-        from vllm_ext.spell.words import speculation, with_words
+        from vllm_ext.heads.words import speculation, with_words
 
         overrides = with_words(checkpoint, overrides, words)
     check_listening(vllm_args)

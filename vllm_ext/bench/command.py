@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from model_executors.attention_plan import AttentionPlan, LayerPlan
-from model_executors.head_plan import SPELLING, HeadPlan
-from model_executors.head_plan import Kind as HeadKind
+from model_executors.heads.head_plan import SPELLING, HeadPlan
+from model_executors.heads.head_plan import Kind as HeadKind
 from vllm_ext.bench import machine
 from vllm_ext.bench.ideal import Shape
 from vllm_ext.bench.report import Row, report, rows, show
@@ -19,9 +19,9 @@ from vllm_ext.bench.shapes import write_shape, write_spelled_shape
 from vllm_ext.bench.work import Work
 from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.errors import UsageError
-from vllm_ext.offline import read_tokenizer
+from vllm_ext.offline.model import read_tokenizer
 from vllm_ext.serve import head_plan, prepare
-from vllm_ext.texts import prose
+from vllm_ext.tasks.texts import prose
 from vllm_ext.versions import vllm_problem
 
 BLOCK = 128

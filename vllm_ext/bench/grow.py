@@ -120,7 +120,7 @@ def _skipped(points: tuple[int, ...], model: str, args: Sequence[str], count: in
 
 def _vocabulary(points: tuple[int, ...]) -> Sweep:
     """One row through heads on random weights of hidden size 576; the ideal of the stock head, by its bytes."""
-    from vllm_ext.spell.timing import heads_of, measure, random_spellings
+    from vllm_ext.heads.timing import heads_of, measure, random_spellings
 
     hidden_size, places = 576, 16
     measured: Lines = {}

@@ -21,9 +21,9 @@ from typing import Any, Self
 
 from model_executors.attention_plan import AttentionPlan
 from model_executors.families import Family
-from model_executors.head_plan import HeadPlan
+from model_executors.heads.head_plan import HeadPlan
 from vllm_ext.bench.work import Step
-from vllm_ext.footprint import active_weights, fitted_parameters, kv_shape, own_window
+from vllm_ext.costs import active_weights, fitted_parameters, kv_shape, own_window
 
 SCREENED_ROWS = 4
 """The screened head answers batches of so many rows, and leaves larger ones to the stock head."""

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from model_executors.attention_plan import AttentionPlan
-from model_executors.head_plan import HeadPlan
+from model_executors.heads.head_plan import HeadPlan
 from vllm_ext.bench.ideal import Machine, Shape, kv_tokens, parts, seconds
 from vllm_ext.bench.run import Round, Settings
 from vllm_ext.bench.work import Work

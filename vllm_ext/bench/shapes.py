@@ -99,11 +99,11 @@ def write_spelled_shape(name: str, folder: Path) -> tuple[Path, Path]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from model_executors.character_head import slots_of
-    from model_executors.head_plan import HeadPlan, head_tensor_name
+    from model_executors.heads.character_head import slots_of
+    from model_executors.heads.head_plan import HeadPlan, head_tensor_name
     from vllm_ext.checkpoint import Checkpoint, Trained, write_planned
-    from vllm_ext.spell.conversion import Settings
-    from vllm_ext.spell.timing import random_spellings
+    from vllm_ext.heads.conversion import Settings
+    from vllm_ext.heads.timing import random_spellings
 
     settings = Settings()
     stock, spelled = write_shape(name, folder / "stock"), folder / "spelled"

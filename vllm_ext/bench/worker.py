@@ -97,7 +97,7 @@ def main() -> None:
     """Do what the JSON on stdin's first line asks: a step for each further line, and each measured one told in a line
     to the file descriptor that is named.
     """
-    from model_executors.head import SpellingHead
+    from model_executors.heads.head import SpellingHead
 
     asked = json.loads(sys.stdin.readline())
     SpellingHead.compiles = openmp.preloaded()  # this process has one engine

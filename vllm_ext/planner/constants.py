@@ -1,6 +1,7 @@
 """The tensors of every layer's alternatives, each fitted to the unchanged model: what a search tries plans with.
 
-A plan that is chosen is fitted anew, layer after layer (`vllm_ext/fit.py`), so that each fit sees what the others left.
+A plan that is chosen is fitted anew, layer after layer (`vllm_ext/offline/fit.py`), so that each fit sees what the
+others left.
 """
 
 from collections.abc import Sequence
@@ -9,9 +10,9 @@ from contextlib import suppress
 import torch
 
 from model_executors.attention_plan import LayerPlan, tensor_name
-from vllm_ext.attentions import Seen, attending
-from vllm_ext.fit import Moments, Sinks
-from vllm_ext.offline import Entered, OfflineModel
+from vllm_ext.offline.attentions import Seen, attending
+from vllm_ext.offline.fit import Moments, Sinks
+from vllm_ext.offline.model import Entered, OfflineModel
 
 LINEAR = LayerPlan("skip", consolidation="linear")
 

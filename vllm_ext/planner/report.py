@@ -12,13 +12,13 @@ from matplotlib.figure import Figure as Picture
 
 from model_executors.attention_plan import FULL, KINDS, Kind
 from vllm_ext.errors import UsageError
-from vllm_ext.figures import Figure
 from vllm_ext.layers import layer_plans
-from vllm_ext.pages import write_page, write_picture
 from vllm_ext.planner.judge import Judged
 from vllm_ext.planner.run import Found
 from vllm_ext.planner.search import Changes
 from vllm_ext.probe.report import SCORES
+from vllm_ext.reports.figures import Figure
+from vllm_ext.reports.pages import write_page, write_picture
 
 COLOURS: dict[Kind, str] = {"full": "#444444", "window": "#4c9be8", "freeze": "#8fd3c1", "skip": "#f0f0f0"}
 

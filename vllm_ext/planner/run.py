@@ -13,18 +13,18 @@ from transformers import AutoConfig
 
 from model_executors.attention_plan import AttentionPlan, LayerPlan
 from vllm_ext.checkpoint import Checkpoint
+from vllm_ext.costs import own_window, prefill_flops, saved_kv
 from vllm_ext.errors import UsageError
-from vllm_ext.footprint import own_window, prefill_flops, saved_kv
-from vllm_ext.offline import Batch, Entered, Item, OfflineModel, read_tokenizer
-from vllm_ext.passages import cut
+from vllm_ext.offline.model import Batch, Entered, Item, OfflineModel, read_tokenizer
 from vllm_ext.planner.constants import fit_alone
 from vllm_ext.planner.judge import Goal, Judge, Judged
 from vllm_ext.planner.search import Budget, Changes, Exhausted, Search, Tried
 from vllm_ext.probe.attention import Looks, looks
-from vllm_ext.probe.scores import Asked
-from vllm_ext.probe.tasks import Task, bundled, given
 from vllm_ext.progress import progress
-from vllm_ext.texts import prose
+from vllm_ext.tasks.passages import cut
+from vllm_ext.tasks.scores import Asked
+from vllm_ext.tasks.tasks import Task, bundled, given
+from vllm_ext.tasks.texts import prose
 from vllm_ext.versions import offline_versions
 
 SEARCHED: dict[str, int] = {"capitals": 32, "sums": 24, "reading": 16, "prose": 6}

@@ -14,7 +14,7 @@ import torch
 
 from model_executors.attention_plan import FULL, AttentionPlan, Kind, LayerPlan
 from vllm_ext.planner.constants import LINEAR
-from vllm_ext.probe.scores import Asked, Scores
+from vllm_ext.tasks.scores import Asked, Scores
 
 CANDIDATES = 3
 """Layers tried at each step."""

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from vllm_ext.attentions import Attend, attending, capped
-from vllm_ext.offline import Entered, OfflineModel
+from vllm_ext.offline.attentions import Attend, attending, capped
+from vllm_ext.offline.model import Entered, OfflineModel
 
 WINDOW = 128
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from vllm_ext import texts
-from vllm_ext.offline import Batch, Changed, Item, OfflineModel
+from vllm_ext.offline.model import Batch, Changed, Item, OfflineModel
 from vllm_ext.probe.manipulations import injected
-from vllm_ext.probe.scores import score
-from vllm_ext.probe.tasks import item
+from vllm_ext.tasks import texts
+from vllm_ext.tasks.scores import score
+from vllm_ext.tasks.tasks import item
 
 SHOTS = 4
 CANDIDATES = 6

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import torch
 
 from model_executors.attention_plan import LayerPlan
-from vllm_ext.offline import Plans
+from vllm_ext.offline.model import Plans
 
 Name = Literal["random", "shuffle", "freeze", "skip", "drop"]
 NAMES: tuple[Name, ...] = get_args(Name)

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure as Picture
 
-from vllm_ext.figures import Figure, mean
-from vllm_ext.pages import write_page, write_picture
 from vllm_ext.probe import manipulations
 from vllm_ext.probe.attention import WINDOW
 from vllm_ext.probe.run import Key, Results
+from vllm_ext.reports.figures import Figure, mean
+from vllm_ext.reports.pages import write_page, write_picture
 
 SCORES = {"answers": "answered right", "tokens": "tokens ranked first", "summaries": "ROUGE-L"}
 

@@ -15,15 +15,15 @@ import torch
 
 from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.errors import UsageError
-from vllm_ext.offline import OfflineModel, read_tokenizer
+from vllm_ext.offline.model import OfflineModel, read_tokenizer
 from vllm_ext.probe.attention import looks
 from vllm_ext.probe.injection import Pairs
 from vllm_ext.probe.manipulations import NAMES as MANIPULATIONS
 from vllm_ext.probe.manipulations import Manipulation, manipulation
 from vllm_ext.probe.manipulations import Name as ManipulationName
-from vllm_ext.probe.scores import Asked
-from vllm_ext.probe.tasks import NAMES, SUMMARY_TOKENS, Name, Task, bundled, given
 from vllm_ext.progress import progress
+from vllm_ext.tasks.scores import Asked
+from vllm_ext.tasks.tasks import NAMES, SUMMARY_TOKENS, Name, Task, bundled, given
 from vllm_ext.versions import offline_versions
 
 RESULTS = "results.jsonl"

@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from model_executors.attention_plan import LayerPlan
-from model_executors.head_plan import Kind as HeadKind
-from vllm_ext import texts
+from model_executors.heads.head_plan import Kind as HeadKind
 from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.errors import UsageError
-from vllm_ext.figures import is_right
 from vllm_ext.progress import progress
 from vllm_ext.quality.engine import Replies, reply_of
 from vllm_ext.quality.report import STOCK, Figures, figures_of, show
 from vllm_ext.quality.work import Settings, Work, prepare_work
+from vllm_ext.reports.figures import is_right
 from vllm_ext.serve import one_line, prepare
+from vllm_ext.tasks import texts
 from vllm_ext.versions import vllm_distribution
 
 

@@ -4,8 +4,8 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_ext import texts
 from vllm_ext.errors import UsageError
+from vllm_ext.tasks import texts
 
 ANSWER_TOKENS = 128
 SHOTS = 4

@@ -1,0 +1,1 @@
+"""What turns the last state into logits."""

@@ -1,0 +1,1 @@
+"""What vLLM calls back: configuration checks, a scheduler, logits processors."""

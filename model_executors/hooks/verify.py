@@ -1,0 +1,154 @@
+"""What a planned model needs set, and what it refuses at start: the combinations that would be served wrongly.
+
+vLLM calls this for our architectures as soon as its configuration is complete, before any worker exists.
+"""
+
+from collections.abc import Iterator
+
+from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.distributed.utils import get_pp_indices
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from model_executors.attention_plan import AttentionPlan
+from model_executors.families import Family, family_of
+from model_executors.heads.head_plan import HeadPlan
+
+# Speculation that reads tokens only. The other methods read hidden states of every position, which the layers above
+# do not see.
+TOKEN_SPECULATION = ("ngram", "ngram_gpu", "suffix", "draft_model", "custom_class")
+WORD_PROPOSER = "vllm_ext.heads.words.WordProposer"
+TRANSFORMERS = "model_executors.layers.transformers_decoder"
+
+
+class AttentionPlanConfig(VerifyAndUpdateConfig):
+    """The checks of every `AttentionPlan...` architecture."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        """Check the plan against the model and against how it is to be run.
+
+        Raises:
+            ValueError: with the name, the value and the fix.
+
+        """
+        family = family_of(vllm_config.model_config.architecture)
+        plan = AttentionPlan.from_hf_config(vllm_config.model_config.hf_config)
+        head = HeadPlan.from_hf_config(vllm_config.model_config.hf_config)
+        for problem in (*_problems(plan, family, vllm_config), *_head_problems(head, vllm_config)):
+            raise ValueError(problem)
+        if plan.first_frozen < len(plan.layers):
+            _prepare_frozen(vllm_config)
+        if head.words and not vllm_config.model_config.enforce_eager and vllm_config.device_config.device_type != "cpu":
+            # The forward pass notes how far each request is, which a graph of a whole step would not repeat.
+            vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
+        if head.kind == "screened":
+            _add_processor(vllm_config, "model_executors.hooks.whole_rows:WholeRows")
+
+
+def _problems(plan: AttentionPlan, family: Family, vllm_config: VllmConfig) -> Iterator[str]:
+    """What would be served wrongly."""
+    for layer, layer_plan in enumerate(plan.layers):
+        if layer_plan.kind not in family.kinds:
+            kinds = ", ".join(family.kinds)
+            yield f"layer {layer} is {layer_plan.kind}, which {family.architecture} cannot be; use one of {kinds}"
+    model_config, parallel_config = vllm_config.model_config, vllm_config.parallel_config
+    if family.module == TRANSFORMERS and not model_config.enforce_eager:
+        yield (
+            f"{family.architecture} runs on vLLM's Transformers backend, with which a planned model fails to compile; "
+            "add --enforce-eager"
+        )
+    offload = vllm_config.offload_config
+    if plan.skipped and (offload.uva.cpu_offload_gb > 0 or offload.prefetch.offload_group_size > 0):
+        yield "weight offloading does not work with an attention plan; drop --cpu-offload-gb and the like"
+    yield from _window_problems(plan, vllm_config)
+    yield from _pipeline_problems(plan, parallel_config.pipeline_parallel_size)
+    ranks = {layer_plan.rank for layer_plan in plan.layers if layer_plan.rank is not None}
+    for rank in ranks:
+        if rank % parallel_config.tensor_parallel_size:
+            yield f"rank {rank} cannot be split over --tensor-parallel-size {parallel_config.tensor_parallel_size}"
+    if plan.first_partial == len(plan.layers):
+        return
+    upper = f"layers {plan.first_partial}-{len(plan.layers) - 1} do not run for every position"
+    if model_config.runner_type != "generate":
+        yield f"--runner {model_config.runner_type}: {upper}; pool with the stock model"
+    speculation = vllm_config.speculative_config
+    if speculation is not None and speculation.method not in TOKEN_SPECULATION:
+        yield (
+            f"speculative method {speculation.method!r}: {upper}, and it reads hidden states of all of them; "
+            f"use one of {', '.join(TOKEN_SPECULATION)}"
+        )
+    if plan.first_frozen == len(plan.layers):
+        return
+    if parallel_config.enable_dbo:
+        yield "--enable-dbo: a step with frozen layers cannot be split in two; drop it"
+    if vllm_config.scheduler_config.scheduler_cls is not None:
+        yield (
+            f"--scheduler-cls {vllm_config.scheduler_config.scheduler_cls}: frozen layers need a scheduler of their "
+            "own; drop it"
+        )
+
+
+def _head_problems(head: HeadPlan, vllm_config: VllmConfig) -> Iterator[str]:
+    """A head of ours makes whole rows of logits, and reads what the stock one does."""
+    if head.kind == "stock":
+        return
+    if vllm_config.parallel_config.enable_batch_sharded_sampling:
+        yield f"--enable-batch-sharded-sampling: a {head.kind} head makes whole rows of logits; drop it"
+    if vllm_config.lora_config is not None:
+        yield f"--enable-lora: a {head.kind} head was made for the model without adapters; take --head stock"
+    if vllm_config.model_config.runner_type != "generate":
+        yield f"--runner {vllm_config.model_config.runner_type}: a {head.kind} head makes logits only; use --head stock"
+    speculation = vllm_config.speculative_config
+    proposes = speculation is not None and speculation.method == "custom_class" and speculation.model == WORD_PROPOSER
+    if bool(head.words) != proposes:
+        missing = f"the proposer {WORD_PROPOSER}" if head.words else "words"
+        yield f"words {head.words!r}: {missing} is missing; serve with vllm-ext serve --words FILE"
+    if head.kind == "screened" and speculation is not None:
+        yield "--head screened: with speculation vLLM does not say what each row's request needs; drop one of them"
+    if head.kind == "screened" and vllm_config.device_config.device_type != "cpu":
+        yield "--head screened: its packed kernel is torch's for CPUs; take --head stock on other devices"
+
+
+def _window_problems(plan: AttentionPlan, vllm_config: VllmConfig) -> Iterator[str]:
+    """A layer with a sliding window of its own has no sink to replace."""
+    config = vllm_config.model_config.hf_config
+    kinds = getattr(config, "layer_types", None)
+    everywhere = kinds is None and vllm_config.cache_config.sliding_window is not None
+    for layer, layer_plan in enumerate(plan.layers):
+        if layer_plan.window is not None and (everywhere or (kinds and kinds[layer] == "sliding_attention")):
+            yield (
+                f"window {layer_plan.window} on layer {layer}: the model gives that layer a sliding window of "
+                f"{config.sliding_window} already; leave it full"
+            )
+
+
+def _pipeline_problems(plan: AttentionPlan, size: int) -> Iterator[str]:
+    """vLLM cannot run a rank that has no KV cache at all, and frozen layers need the same state on one rank."""
+    for rank in range(size):
+        start, end = get_pp_indices(len(plan.layers), rank, size)
+        if not any(start <= layer < end for layer in plan.attending):
+            yield (
+                f"--pipeline-parallel-size {size}: rank {rank} has layers {start}-{end - 1}, all of them skipped; "
+                "use fewer ranks, or give it an attending layer with VLLM_PP_LAYER_PARTITION"
+            )
+        if start <= plan.first_frozen < end and rank < size - 1:
+            yield (
+                f"--pipeline-parallel-size {size}: layers from {plan.first_frozen} on are frozen and begin on rank "
+                f"{rank}; all of them must be on the last rank: use fewer ranks, or set VLLM_PP_LAYER_PARTITION"
+            )
+
+
+def _prepare_frozen(vllm_config: VllmConfig) -> None:
+    """Set what frozen layers need."""
+    vllm_config.scheduler_config.scheduler_cls = "model_executors.hooks.scheduler.prompt_boundary_scheduler"
+    if vllm_config.speculative_config is None:
+        _add_processor(vllm_config, "model_executors.hooks.prompt_logprobs:RefusePromptLogprobs")
+    else:
+        # vLLM has no custom logits processors beside speculation, but this refuses prompt_logprobs by itself.
+        vllm_config.cache_config.kv_sharing_fast_prefill = True
+
+
+def _add_processor(vllm_config: VllmConfig, name: str) -> None:
+    """One more of vLLM's logits processors."""
+    model_config = vllm_config.model_config
+    model_config.logits_processors = [*(model_config.logits_processors or []), name]

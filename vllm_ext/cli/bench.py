@@ -1,0 +1,135 @@
+"""`vllm-ext bench` and `vllm-ext bench-grow`."""
+
+import json
+import signal
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from model_executors.attention_plan import Consolidation
+from vllm_ext.cli.options import VLLM_OPTIONS, Agreement, Freeze, Head
+from vllm_ext.errors import UsageError
+
+Interleaved = Annotated[
+    bool,
+    typer.Option(
+        "--interleaved",
+        help="Keep the engines of a round up together, and let them take turns step by step, so that the machine's "
+        "drift is in all of them. They must fit in memory beside each other.",
+    ),
+]
+
+app = typer.Typer()
+
+
+@app.command("bench", context_settings=VLLM_OPTIONS)
+def bench(
+    context: typer.Context,
+    model: Annotated[str | None, typer.Argument(help="A checkpoint's folder, or a hub name; or give --shape.")] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(help="A model of random weights in its place: llama-3.2-1b, qwen2.5-0.5b, gemma-3-270m."),
+    ] = None,
+    planned: Annotated[str | None, typer.Option(help="A planned checkpoint, in place of --skip and --freeze.")] = None,
+    skip: Annotated[
+        str | None, typer.Option(help="Layers the variant skips; `none` plans nothing, and measures that.")
+    ] = None,
+    freeze: Freeze = None,
+    window: Annotated[str | None, typer.Option(help="With --shape: layers with a window, as 14-29:128.")] = None,
+    consolidation: Annotated[
+        Consolidation | None, typer.Option(help="With --shape: what skipped layers add in place of attention.")
+    ] = None,
+    head: Head = None,
+    agreement: Agreement = None,
+    work: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What is timed, may be given several times: prefill:1024, decode:8x128 (streams x context), "
+            "mixed:8x128+512 (a prompt of 512 among 8 streams). By default prefill at 256, 1,024 and 4,096 tokens, "
+            "and decode at 1, 8 and 32 streams with a context of 128."
+        ),
+    ] = None,
+    long: Annotated[
+        bool, typer.Option("--long", help="Beside the default work, contexts of 2,048 and a mixed batch.")
+    ] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each of the two is started and measured.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="How often a prompt is timed in each process.")] = 3,
+    interleaved: Interleaved = False,
+    seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file too.")] = None,
+) -> None:
+    """Measure stock vLLM and a variant in turn, beside what the arithmetic allows; options of `vllm serve` go to both.
+
+    Every process is fresh and holds one engine. The ideal gain follows from the plan, the model's shape and the work
+    by a roofline (see vllm_ext/bench/ideal.py); the share is the measured gain by the ideal one. The last line of the
+    output is JSON. Prompts are random, or with --agreement prose, of which character heads can be sure. The default
+    work takes five minutes for the embedded model and --enforce-eager, and twice that compiled, on an idle machine; on
+    a busy one give --interleaved. On a CPU the KV cache has 1 GiB unless VLLM_CPU_KVCACHE_SPACE says otherwise.
+    """
+    from vllm_ext.bench.command import Variant
+    from vllm_ext.bench.command import bench as run
+    from vllm_ext.bench.run import Settings
+    from vllm_ext.bench.work import DEFAULT, DEFAULT_LONG
+    from vllm_ext.layers import layer_plans
+
+    args = context.args
+    if shape is not None and model is not None and model.startswith("-"):
+        args, model = [model, *args], None  # the first of vLLM's options lands where no MODEL is given
+    overlaid = not (skip is freeze is window is None)
+    if (planned is not None and overlaid) or (planned is head is None and not overlaid):
+        raise UsageError("bench needs either --planned, or some of --skip, --freeze and --head")
+    for option, value in (("--window", window), ("--consolidation", consolidation)):
+        if value is not None and shape is None:
+            raise UsageError(
+                f"{option} {value}: it needs fitted tensors; write them with vllm-ext plan, then --planned"
+            )
+    given = {"--planned": planned and Path(planned).name, "--skip": skip, "--freeze": freeze, "--window": window}
+    given |= {"--consolidation": consolidation, "--head": head}
+    given["--agreement"] = None if agreement is None else f"{agreement:g}"
+    described = " ".join(f"{option} {value}" for option, value in given.items() if value is not None)
+    changes = layer_plans(skip, window, freeze, consolidation) if overlaid else None
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the engines it started end with it
+    chosen = tuple(work or ()) or DEFAULT + (DEFAULT_LONG if long else ())
+    settings = Settings(chosen, rounds, repeats, seed, interleaved)
+    run(model, shape, Variant(described, changes, planned, head, agreement), settings, args, json_file)
+
+
+@app.command("bench-grow", context_settings=VLLM_OPTIONS)
+def bench_grow(
+    context: typer.Context,
+    dimension: Annotated[Literal["skipped", "context", "streams", "vocabulary"], typer.Argument(help="What grows.")],
+    out: Annotated[Path, typer.Option(help="The picture to write, a .png.")],
+    model: Annotated[str | None, typer.Option(help="A checkpoint's folder; by default the embedded model.")] = None,
+    planned: Annotated[
+        str | None, typer.Option(help="For context and streams: the planned checkpoint; by default the embedded one.")
+    ] = None,
+    point: Annotated[
+        list[int] | None, typer.Option(help="A point to measure, may be given several times; by default a few.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each engine is started; the median is drawn.")] = 1,
+    interleaved: Interleaved = False,
+) -> None:
+    """Draw how cost grows with skipped layers, context, streams or vocabulary, beside the roofline's ideal.
+
+    In one round single points are noisy. `vocabulary` times heads and no engine, so rounds mean nothing to it. The last
+    line of the output is JSON.
+    """
+    from vllm_ext.bench.command import Variant
+    from vllm_ext.bench.grow import draw, sweep
+    from vllm_ext.embedded.model import fetch, fetch_planned
+
+    if out.suffix != ".png" or not out.parent.is_dir():
+        raise UsageError(f"--out {out}: give a .png in a folder that exists")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    used = planned or (str(fetch_planned()) if model is None else None)
+    if used is None and dimension in ("context", "streams"):
+        raise UsageError("--planned is missing: give a planned checkpoint of that model to measure beside it")
+    described = Path(used).name if planned and used else "planned"
+    variant = Variant(described, None, used)
+    found = sweep(dimension, tuple(point or ()), model or str(fetch()), variant, context.args, rounds, interleaved)
+    draw(found, out, ["vllm-ext", *sys.argv[1:]])
+    print(out)
+    print(json.dumps(asdict(found)))

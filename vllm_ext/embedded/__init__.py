@@ -1,0 +1,1 @@
+"""The default model, out of its package, and the plan and heads that ship for it."""

@@ -1,0 +1,1 @@
+"""Pages with pictures, and the figures in them."""

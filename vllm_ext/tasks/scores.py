@@ -1,0 +1,132 @@
+"""A task's score under a change of the model: items in batches, their layers run from the lowest changed one on."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vllm_ext.offline.model import Batch, Changed, Entered, Fitted, Item, OfflineModel, Plans, generate
+from vllm_ext.probe.manipulations import Manipulation
+from vllm_ext.tasks.tasks import SUMMARY_TOKENS, Task
+from vllm_ext.tasks.texts import missing
+
+BATCH_TOKENS = 2_048
+"""Of a batch, its padding included."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model made of a task, item by item."""
+
+    scores: list[float]
+    nll: list[float]
+    """Nats a token of the answers; none where the model writes them itself."""
+
+
+class Asked:
+    """A task's items in batches of about one length, with what the unchanged model makes of each at every layer."""
+
+    def __init__(self, model: OfflineModel, task: Task, tokenizer: Any = None) -> None:
+        """`tokenizer` reads what is written, for summaries."""
+        self.model, self.task, self.tokenizer = model, task, tokenizer
+        self.order = sorted(range(len(task.items)), key=lambda number: _length(task.items[number]))
+        self.batches: list[tuple[Batch, Entered | None]] = []
+        for items in _batches([task.items[number] for number in self.order]):
+            batch = Batch.of(items, model.device)
+            entered = None if task.score == "summaries" else model.enter(batch.tokens)
+            self.batches.append((batch, entered))
+
+    def forget(self, layer: int) -> None:
+        """Let go of what enters the layers between the first and that one."""
+        for _, entered in self.batches:
+            if entered is not None:
+                entered.forget(layer)
+
+    def plan(self, plans: Plans, fitted: Fitted) -> Scores:
+        """Under an attention plan, as it is served: the prompts' last tokens are frozen too."""
+        return self._scores(Manipulation(min(plans, default=0), plans), fitted, lambda batch: batch.prompt_rows)
+
+    def manipulated(self, manipulation: Manipulation) -> Scores:
+        """Under one of the paper's manipulations."""
+        return self._scores(manipulation, {}, lambda batch: batch.previous_rows)
+
+    def _scores(
+        self, manipulation: Manipulation, fitted: Fitted, frozen_rows: Callable[[Batch], torch.Tensor]
+    ) -> Scores:
+        scores: list[float] = []
+        nll: list[float] = []
+        for batch, entered in self.batches:
+            changed = Changed(self.model, manipulation.plans, fitted, frozen_rows(batch))
+            if entered is None:
+                scores += self._written(batch, changed, manipulation, len(scores))
+                continue
+            first = manipulation.layer
+            states = entered.state(self.model, first)
+            if manipulation.edit is not None:
+                states = manipulation.edit(states, batch.previous_rows)
+            ours = score(self.model, batch, changed.run(entered, states, first))
+            for right, lost in ours:
+                scores.append(float(right.all()) if self.task.score == "answers" else float(right.float().mean()))
+                nll.append(float(lost.mean()))
+        return Scores(self._in_order(scores), self._in_order(nll))
+
+    def _written(self, batch: Batch, changed: Changed, manipulation: Manipulation, start: int) -> list[float]:
+        """ROUGE-L's F of what the model writes, up to its first line's end."""
+        edit = manipulation.edit
+        rows = batch.previous_rows
+        tokens = generate(
+            changed,
+            batch.tokens,
+            SUMMARY_TOKENS,
+            manipulation.layer,
+            None if edit is None else lambda states: edit(states, rows),
+        )
+        written = [each.split("\n")[0] for each in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+        wanted = [self.task.references[number] for number in self.order[start : start + len(written)]]
+        return [_rouge(ours, theirs) for ours, theirs in zip(written, wanted, strict=True)]
+
+    def _in_order(self, values: list[float]) -> list[float]:
+        """As the items are in the task."""
+        return [value for _, value in sorted(zip(self.order, values, strict=False))]
+
+
+def score(model: OfflineModel, batch: Batch, left: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """For each item, which tokens of its answer are the first choice, and the nats of each.
+
+    `left` `[batch, length, hidden_size]` is what leaves the last layer.
+    """
+    rows = batch.answering_rows
+    targets = batch.tokens.roll(-1, 1)[rows]
+    right, lost, start = [], [], 0
+    for logits in model.logits(left[rows]):
+        wanted = targets[start : start + len(logits)]
+        right.append(logits.argmax(-1) == wanted)
+        lost.append(torch.nn.functional.cross_entropy(logits, wanted, reduction="none"))
+        start += len(logits)
+    sizes = rows.sum(1).tolist()
+    yield from zip(torch.cat(right).cpu().split(sizes), torch.cat(lost).cpu().split(sizes), strict=True)
+
+
+def _length(item: Item) -> int:
+    return len(item.prompt) + len(item.answer)
+
+
+def _batches(items: Sequence[Item]) -> Iterator[list[Item]]:
+    """Neighbours together, of `BATCH_TOKENS` tokens or one item."""
+    batch: list[Item] = []
+    for each in items:
+        if batch and (len(batch) + 1) * max(map(_length, [*batch, each])) > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(each)
+    if batch:
+        yield batch
+
+
+def _rouge(ours: str, theirs: str) -> float:
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        raise missing("rouge-score") from None
+    return float(RougeScorer(["rougeL"], use_stemmer=True).score(theirs, ours)["rougeL"].fmeasure)

@@ -1,0 +1,262 @@
+"""What a model is asked while its layers are changed: tasks that retrieve, tasks that compute, and prose.
+
+*Attend First, Consolidate Later* (arXiv 2409.03621) uses capitals, arithmetic, SQuAD and CNN/DailyMail. The last two
+are in no package, so the bundled tasks have stand-ins for them, reasoning-gym's needles in haystacks and ACLSum's
+papers; `--data` takes the paper's own files, or anyone's.
+
+Every item is a prompt with worked examples and what is to follow. An answer is right if each of its tokens, and the end
+of the line after it, is the model's first choice: that is what greedy decoding would write, found in one pass.
+"""
+
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from vllm_ext.errors import UsageError
+from vllm_ext.offline.model import Item
+from vllm_ext.tasks import texts
+
+Score = Literal["answers", "tokens", "summaries"]
+"""Answered right or not; the part of the tokens that is the first choice; ROUGE-L of what is written."""
+Split = Literal["search", "judge"]
+"""A planner judges on other items than it searched with."""
+Name = Literal["capitals", "sums", "reading", "prose", "summaries"]
+NAMES: tuple[Name, ...] = get_args(Name)
+
+SHOTS = {"capitals": 4, "sums": 4, "reading": 2}
+PROSE_TOKENS = 512
+"""Of a passage; of the last quarter the tokens are scored, as if generated after the rest."""
+DOCUMENT_TOKENS = 320
+"""Of a document to sum up."""
+SUMMARY_TOKENS = 48
+STATEMENTS = 5
+"""In a passage to read."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Items of one kind."""
+
+    name: str
+    score: Score
+    items: tuple[Item, ...]
+    references: tuple[str, ...] = ()
+    """For summaries: what people wrote."""
+    source: str = ""
+    """Where the items come from."""
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a report says of it."""
+        return {"score": self.score, "items": len(self.items), "source": self.source}
+
+    @property
+    def tokens(self) -> int:
+        """All that a model reads and writes."""
+        return sum(len(item.prompt) + len(item.answer) for item in self.items)
+
+
+def bundled(name: Name, tokenizer: Any, count: int, seed: int = 0, split: Split = "judge") -> Task:
+    """A task out of packages, of `count` items or as many as there are; those of the two splits are different.
+
+    Raises:
+        UsageError: where a package is missing.
+
+    """
+    make: Callable[..., Task] = {
+        "capitals": _capitals,
+        "sums": _sums,
+        "reading": _reading,
+        "prose": _prose,
+        "summaries": _summaries,
+    }[name]
+    return make(tokenizer, count, random.Random(seed), split)
+
+
+def given(path: Path, tokenizer: Any, count: int, seed: int = 0) -> Task:
+    """A task out of a file of JSON lines, or SQuAD's own JSON; `count` items drawn with `seed`.
+
+    A line is `{"prompt", "answer"}`, SQuAD's `{"context", "question", "answers"}`, CNN/DailyMail's `{"article",
+    "highlights"}`, or `{"text"}`.
+
+    Raises:
+        UsageError: for a file that cannot be read so.
+
+    """
+    try:
+        content = path.expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--data {path}: cannot be read ({error}); give another file") from error
+    rows = _squad(content) or [_row(path, number, line) for number, line in enumerate(content.split("\n"), 1) if line]
+    if not rows:
+        raise UsageError(f"--data {path}: it is empty; give a file with items")
+    chosen = random.Random(seed)
+    rows = chosen.sample(rows, len(rows))
+    kinds = {tuple(sorted(row)) for row in rows}
+    if len(kinds) > 1:
+        raise UsageError(f"--data {path}: its lines are of several forms; give one form a file")
+    source = path.name
+    if "article" in rows[0]:
+        return _summing_up(path.stem, tokenizer, [(row["article"], row["highlights"]) for row in rows], count, source)
+    if "text" in rows[0]:
+        return _passages(path.stem, tokenizer, [row["text"] for row in rows], count, chosen, source)
+    return Task(
+        path.stem, "answers", tuple(item(tokenizer, row["prompt"], row["answer"]) for row in rows[:count]), (), source
+    )
+
+
+def item(tokenizer: Any, prompt: str, answer: str) -> Item:
+    """In tokens as they are of both together, divided where those of the prompt alone end."""
+    alone, both = tokenizer(prompt).input_ids, tokenizer(prompt + answer).input_ids
+    same = next((n for n, (a, b) in enumerate(zip(alone, both, strict=False)) if a != b), min(len(alone), len(both)))
+    return Item(tuple(both[:same]), tuple(both[same:]))
+
+
+def _capitals(tokenizer: Any, count: int, chosen: random.Random, split: Split) -> Task:
+    known = [(texts.capital_question(country), f" {city}\n") for country, city in texts.capitals().items()]
+    return _with_examples(
+        "capitals", tokenizer, _half(known, split), count, chosen, "", f"countryinfo {version('countryinfo')}"
+    )
+
+
+def _sums(tokenizer: Any, count: int, chosen: random.Random, split: Split) -> Task:
+    known = [(f"{a} + {b} =", f" {a + b}, ") for a, b in _half(texts.sums(0, 4_000), split)]
+    return _with_examples(
+        "sums", tokenizer, chosen.sample(known, count + SHOTS["sums"]), count, chosen, "", "two-digit sums"
+    )
+
+
+def _reading(tokenizer: Any, count: int, chosen: random.Random, split: Split) -> Task:
+    try:
+        import reasoning_gym
+    except ImportError:
+        raise texts.missing("reasoning-gym") from None
+    made = reasoning_gym.create_dataset(
+        "needle_haystack",
+        size=count + SHOTS["reading"],
+        seed=chosen.randrange(2**20) + (2**24 if split == "judge" else 0),  # items have seeds from there on
+        min_num_statements=STATEMENTS,
+        max_num_statements=STATEMENTS,
+    )
+    known = []
+    for each in made:
+        passage, question = each["question"].strip().rsplit("\n", 1)
+        question = question.split("?")[0].strip()
+        known.append((f"{passage.strip()}\nQ: {question}?\nA:", f" {each['answer']}\n"))
+    source = f"reasoning-gym {version('reasoning-gym')}: needle_haystack"
+    return _with_examples("reading", tokenizer, known, count, chosen, "\n", source)
+
+
+def _prose(tokenizer: Any, count: int, chosen: random.Random, split: Split) -> Task:
+    articles = texts.prose("held_out" if split == "judge" else "calibration")
+    return _passages("prose", tokenizer, articles, count, chosen, texts.prose_source())
+
+
+def _summaries(tokenizer: Any, count: int, chosen: random.Random, split: Split) -> Task:
+    try:
+        from aclsum import ACLSum
+    except ImportError:
+        raise texts.missing("aclsum") from None
+    known = list(
+        zip(*ACLSum("test" if split == "judge" else "train").to_parallel_corpus("approach", False), strict=True)
+    )
+    source = f"aclsum {version('aclsum')}: approach"
+    return _summing_up("summaries", tokenizer, chosen.sample(known, len(known)), count, source)
+
+
+def _half(known: Sequence[Any], split: Split) -> list[Any]:
+    """A third to search with, and the rest to judge on."""
+    mixed = random.Random(0).sample(known, len(known))
+    return mixed[len(known) // 3 :] if split == "judge" else mixed[: len(known) // 3]
+
+
+def _with_examples(
+    name: str,
+    tokenizer: Any,
+    known: Sequence[tuple[str, str]],
+    count: int,
+    chosen: random.Random,
+    between: str,
+    source: str,
+) -> Task:
+    """Each of `known` once, after worked examples from the others."""
+    items = []
+    for asked in chosen.sample(known, min(count, len(known))):
+        examples = chosen.sample([each for each in known if each != asked], SHOTS[name])
+        shown = "".join(question + answer + between for question, answer in examples)
+        # What ends an answer is part of it, but for a space that the next word takes with it.
+        items.append(item(tokenizer, shown + asked[0], asked[1].rstrip(" ")))
+    return Task(name, "answers", tuple(items), (), source)
+
+
+def _passages(
+    name: str, tokenizer: Any, documents: Sequence[str], count: int, chosen: random.Random, source: str
+) -> Task:
+    """Passages of one length from anywhere in the documents, which do not overlap."""
+    start = tokenizer("").input_ids
+    step = PROSE_TOKENS - len(start)
+    found = []
+    for document in documents:
+        ids = tokenizer(document, add_special_tokens=False, verbose=False).input_ids
+        found += [start + ids[at : at + step] for at in range(0, len(ids) - step + 1, step)]
+    if not found:
+        raise UsageError(f"{source}: no text is as long as {PROSE_TOKENS} tokens; give longer ones")
+    cut = PROSE_TOKENS - PROSE_TOKENS // 4
+    passages = chosen.sample(found, min(count, len(found)))
+    return Task(name, "tokens", tuple(Item(tuple(each[:cut]), tuple(each[cut:])) for each in passages), (), source)
+
+
+def _summing_up(name: str, tokenizer: Any, known: Sequence[tuple[str, str]], count: int, source: str) -> Task:
+    """Prompts of one length: the beginnings of documents that are long enough."""
+    start = tokenizer("").input_ids
+    asking = tokenizer("\n\nIn one sentence, this text says that", add_special_tokens=False).input_ids
+    items: list[Item] = []
+    references: list[str] = []
+    for document, summary in known:
+        ids = tokenizer(document, add_special_tokens=False, verbose=False).input_ids
+        if len(ids) >= DOCUMENT_TOKENS and len(items) < count:
+            items.append(Item((*start, *ids[:DOCUMENT_TOKENS], *asking), ()))
+            references.append(summary)
+    if not items:
+        raise UsageError(f"{source}: no document is as long as {DOCUMENT_TOKENS} tokens; give longer ones")
+    return Task(name, "summaries", tuple(items), tuple(references), source)
+
+
+def _squad(content: str) -> list[dict[str, str]]:
+    """The rows of a file in SQuAD's own form; none if it has another."""
+    try:
+        articles = json.loads(content)["data"]
+        return [
+            _question(paragraph["context"], asked["question"], asked["answers"][0]["text"])
+            for article in articles
+            for paragraph in article["paragraphs"]
+            for asked in paragraph["qas"]
+            if asked["answers"]
+        ]
+    except (ValueError, KeyError, TypeError):
+        return []
+
+
+def _row(path: Path, number: int, line: str) -> dict[str, str]:
+    forms: Mapping[tuple[str, ...], Callable[[Mapping[str, Any]], dict[str, str]]] = {
+        ("prompt", "answer"): lambda row: {"prompt": row["prompt"], "answer": row["answer"]},
+        ("context", "question", "answers"): lambda row: _question(
+            row["context"], row["question"], row["answers"]["text"][0]
+        ),
+        ("article", "highlights"): lambda row: {"article": row["article"], "highlights": row["highlights"]},
+        ("text",): lambda row: {"text": row["text"]},
+    }
+    try:
+        row = json.loads(line)
+        return next({k: str(v) for k, v in read(row).items()} for keys, read in forms.items() if row.keys() >= {*keys})
+    except (ValueError, AttributeError, StopIteration, LookupError, TypeError) as error:
+        known = "; ".join(", ".join(keys) for keys in forms)
+        raise UsageError(f"--data {path}: line {number} has none of the forms {known}; mend it") from error
+
+
+def _question(context: str, question: str, answer: str) -> dict[str, str]:
+    return {"prompt": f"{context}\nQ: {question}\nA:", "answer": f" {answer}\n"}
