@@ -88,7 +88,7 @@ def test_names_the_extra_that_is_missing(package, call):
 import sys
 sys.modules[{package!r}] = None  # as if it were not installed
 from vllm_ext import errors
-    from vllm_ext.tasks import texts
+from vllm_ext.tasks import texts
 try:
     texts.{call}
 except errors.UsageError as error:
