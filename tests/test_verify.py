@@ -2,8 +2,11 @@
 
 import pytest
 from vllm import EngineArgs
+from vllm.config import DeviceConfig
 
 from model_executors.attention_plan import LayerPlan
+from model_executors.heads.head_plan import HeadPlan
+from model_executors.hooks.verify import AttentionPlanConfig
 from tests.engines import engine, skipping
 from vllm_ext.checkpoint import Checkpoint
 
@@ -85,3 +88,46 @@ def test_the_engine_refuses_too(tiny_models):
         engine(tiny_models("Llama"), skipping([5]), cpu_offload_gb=1),
     ):
         pass
+
+
+WINDOW = LayerPlan("window", 8)
+
+
+def on_cuda(folder, changes, head=None):
+    """A configuration whose device is said to be a GPU, checked as vLLM has it checked at start."""
+    config = configure(folder, changes)
+    config.device_config = DeviceConfig("cuda")
+    if head is not None:
+        config.model_config.hf_config.vllm_ext["head"] = head.to_config()
+    AttentionPlanConfig.verify_and_update_config(config)
+    return config
+
+
+@pytest.mark.parametrize(("kind", "changes"), [("freeze", {4: FREEZE, 5: FREEZE}), ("window", {2: WINDOW})])
+def test_refuses_on_a_gpu_what_was_never_seen_to_answer_right_there(tiny_models, monkeypatch, kind, changes):
+    monkeypatch.delenv("VLLM_EXT_UNPROVED", raising=False)
+    line = (
+        f"layer {min(changes)} is {kind}: such layers were never seen to answer right on cuda; take another kind, or "
+    )
+    with pytest.raises(ValueError, match=line + "set VLLM_EXT_UNPROVED=1 to find out whether it does"):
+        on_cuda(tiny_models("Llama"), changes)
+
+
+@pytest.mark.parametrize("changes", [{4: FREEZE, 5: FREEZE}, {2: WINDOW}])
+def test_lets_them_through_for_those_who_want_to_find_out(tiny_models, monkeypatch, changes):
+    monkeypatch.setenv("VLLM_EXT_UNPROVED", "1")
+    assert on_cuda(tiny_models("Llama"), changes)
+
+
+def test_serves_on_a_gpu_what_was_seen_there(tiny_models, monkeypatch):
+    monkeypatch.delenv("VLLM_EXT_UNPROVED", raising=False)
+    assert on_cuda(tiny_models("Llama"), skipping([4, 5]))
+    assert on_cuda(tiny_models("Llama"), {}, HeadPlan("rescored", slots=(2, 2)))
+
+
+def test_refuses_everything_on_a_device_that_nothing_was_seen_on(tiny_models, monkeypatch):
+    monkeypatch.delenv("VLLM_EXT_UNPROVED", raising=False)
+    config = configure(tiny_models("Llama"), {})
+    config.device_config.device_type = "xpu"
+    with pytest.raises(ValueError, match="layer 0 is full: such layers were never seen to answer right on xpu"):
+        AttentionPlanConfig.verify_and_update_config(config)

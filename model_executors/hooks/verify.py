@@ -7,15 +7,21 @@ from collections.abc import Iterator
 
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.distributed.utils import get_pp_indices
+from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
 
+from model_executors import evidence
 from model_executors.attention_plan import AttentionPlan
 from model_executors.families import Family, family_of
 from model_executors.heads.head_plan import HeadPlan
 
+logger = init_logger(f"vllm.{__name__}")
+
 # Speculation that reads tokens only. The other methods read hidden states of every position, which the layers above
 # do not see.
 TOKEN_SPECULATION = ("ngram", "ngram_gpu", "suffix", "draft_model", "custom_class")
+SCHEDULER = "model_executors.hooks.scheduler.prompt_boundary_scheduler"
 WORD_PROPOSER = "vllm_ext.heads.words.WordProposer"
 TRANSFORMERS = "model_executors.layers.transformers_decoder"
 
@@ -36,6 +42,7 @@ class AttentionPlanConfig(VerifyAndUpdateConfig):
         head = HeadPlan.from_hf_config(vllm_config.model_config.hf_config)
         for problem in (*_problems(plan, family, vllm_config), *_head_problems(head, vllm_config)):
             raise ValueError(problem)
+        _check_evidence(plan, head, vllm_config)
         if plan.first_frozen < len(plan.layers):
             _prepare_frozen(vllm_config)
         if head.words and not vllm_config.model_config.enforce_eager and vllm_config.device_config.device_type != "cpu":
@@ -43,6 +50,15 @@ class AttentionPlanConfig(VerifyAndUpdateConfig):
             vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
         if head.kind == "screened":
             _add_processor(vllm_config, "model_executors.hooks.whole_rows:WholeRows")
+
+
+def _check_evidence(plan: AttentionPlan, head: HeadPlan, vllm_config: VllmConfig) -> None:
+    """Raise ValueError for what was never seen to answer right on this device, unless it was asked for."""
+    device = "rocm" if current_platform.is_rocm() else vllm_config.device_config.device_type
+    for line in evidence.unproved(plan, head, device):
+        if not evidence.allowed():
+            raise ValueError(line)
+        logger.warning("%s is set: %s", evidence.UNPROVED, line)
 
 
 def _problems(plan: AttentionPlan, family: Family, vllm_config: VllmConfig) -> Iterator[str]:
@@ -81,7 +97,7 @@ def _problems(plan: AttentionPlan, family: Family, vllm_config: VllmConfig) -> I
         return
     if parallel_config.enable_dbo:
         yield "--enable-dbo: a step with frozen layers cannot be split in two; drop it"
-    if vllm_config.scheduler_config.scheduler_cls is not None:
+    if vllm_config.scheduler_config.scheduler_cls not in (None, SCHEDULER):
         yield (
             f"--scheduler-cls {vllm_config.scheduler_config.scheduler_cls}: frozen layers need a scheduler of their "
             "own; drop it"
@@ -140,7 +156,7 @@ def _pipeline_problems(plan: AttentionPlan, size: int) -> Iterator[str]:
 
 def _prepare_frozen(vllm_config: VllmConfig) -> None:
     """Set what frozen layers need."""
-    vllm_config.scheduler_config.scheduler_cls = "model_executors.hooks.scheduler.prompt_boundary_scheduler"
+    vllm_config.scheduler_config.scheduler_cls = SCHEDULER
     if vllm_config.speculative_config is None:
         _add_processor(vllm_config, "model_executors.hooks.prompt_logprobs:RefusePromptLogprobs")
     else:
@@ -150,5 +166,6 @@ def _prepare_frozen(vllm_config: VllmConfig) -> None:
 
 def _add_processor(vllm_config: VllmConfig, name: str) -> None:
     """One more of vLLM's logits processors."""
-    model_config = vllm_config.model_config
-    model_config.logits_processors = [*(model_config.logits_processors or []), name]
+    processors = vllm_config.model_config.logits_processors or []
+    if name not in processors:
+        vllm_config.model_config.logits_processors = [*processors, name]
