@@ -17,6 +17,10 @@ Kind = Literal["full", "window", "freeze", "skip"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 Consolidation = Literal["none", "bias", "linear"]
 CONSOLIDATIONS: tuple[Consolidation, ...] = get_args(Consolidation)
+SINK = 4
+"""Tokens: StreamingLLM (arXiv 2309.17453) finds that as many take what attention has no use for."""
+MOST_SINK = 16
+"""Tokens: those of vLLM's smallest KV block in common use."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ class LayerPlan:
     kind: Kind = "full"
     window: int | None = None
     """How many tokens a `window` layer sees beside its sink, its own included; a `freeze` layer may have one."""
+    sink: int | None = None
+    """How many of the first tokens a layer with a window sees too, however far behind: `SINK` where none is given."""
     consolidation: Consolidation = "none"
     """What a `skip` layer adds in place of its attention: nothing, a constant vector, or a linear map."""
     rank: int | None = None
@@ -49,10 +55,18 @@ class LayerPlan:
             raise ValueError(f"a {self.kind} layer has consolidation {self.consolidation}; only skip layers have one")
         if self.rank is not None and self.consolidation != "linear":
             raise ValueError(f"rank is {self.rank} with consolidation {self.consolidation}; only linear has a rank")
-        for name in ("window", "rank"):
+        if self.sink is not None and self.window is None:
+            raise ValueError(
+                f"a {self.kind} layer has sink {self.sink} and no window; only layers with a window have one"
+            )
+        if self.sink is None and self.window is not None:
+            object.__setattr__(self, "sink", SINK)
+        for name in ("window", "sink", "rank"):
             size = getattr(self, name)
             if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
                 raise ValueError(f"{name} is {size!r}; it must be a positive whole number")
+        if self.sink is not None and self.sink > MOST_SINK:
+            raise ValueError(f"sink is {self.sink}; a block of the KV cache holds it, so give at most {MOST_SINK}")
 
     @classmethod
     def from_config(cls, entry: Any) -> Self:
@@ -70,6 +84,8 @@ class LayerPlan:
     def to_config(self) -> str | dict[str, Any]:
         """The shortest entry that `from_config` reads back."""
         settings = {name: value for name, value in asdict(self).items() if value != getattr(LayerPlan, name)}
+        if self.sink == SINK:
+            del settings["sink"]
         return self.kind if settings.keys() <= {"kind"} else {"kind": self.kind} | settings
 
     @property

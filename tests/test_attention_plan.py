@@ -44,8 +44,10 @@ def test_survives_the_configuration(changes):
 
 
 def test_the_configuration_says_no_more_than_it_must():
-    plan = AttentionPlan.of(3, {1: LayerPlan("window", window=16), 2: SKIP})
-    assert plan.to_config() == {"attention_plan": ["full", {"kind": "window", "window": 16}, "skip"]}
+    plan = AttentionPlan.of(4, {1: LayerPlan("window", window=16), 2: LayerPlan("window", window=16, sink=8), 3: SKIP})
+    other = {"kind": "window", "window": 16, "sink": 8}
+    assert plan.to_config() == {"attention_plan": ["full", {"kind": "window", "window": 16}, other, "skip"]}
+    assert plan.layers[1].sink == 4
 
 
 @pytest.mark.parametrize(
@@ -54,6 +56,9 @@ def test_the_configuration_says_no_more_than_it_must():
         ({"kind": "lazy"}, "kind is 'lazy'; use one of full, window, freeze, skip"),
         ({"kind": "window"}, "a window layer has no window"),
         ({"kind": "full", "window": 16}, "a full layer has window 16"),
+        ({"kind": "full", "sink": 4}, "a full layer has sink 4 and no window"),
+        ({"kind": "window", "window": 16, "sink": 0}, "sink is 0; it must be a positive whole number"),
+        ({"kind": "window", "window": 16, "sink": 17}, "sink is 17; a block of the KV cache holds it"),
         ({"kind": "window", "window": 0}, "window is 0; it must be a positive whole number"),
         ({"kind": "window", "window": 16.0}, "window is 16.0; it must be a positive whole number"),
         ({"kind": "window", "window": True}, "window is True; it must be a positive whole number"),

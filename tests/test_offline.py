@@ -9,7 +9,7 @@ from tests.fitted import write_random
 from tests.reference import Reference
 from tests.tiny import CONFIGS, NUM_LAYERS, prompts
 from vllm_ext.checkpoint import Checkpoint
-from vllm_ext.offline.attentions import QUERIES_AT_ONCE, sink_attention
+from vllm_ext.offline.attentions import QUERIES_AT_ONCE, sink_attention, window_attention
 from vllm_ext.offline.model import Batch, Changed, Item, OfflineModel, generate
 
 WINDOW = 8
@@ -112,3 +112,25 @@ def test_last_queries_attend_as_among_all(earlier):
     settings = {"window": 8, "sink_logit": sink_logit, "sink_value": sink_value, "scaling": 0.3}
     whole = sink_attention(query, key, value, **settings)
     torch.testing.assert_close(sink_attention(query[:, :, earlier:], key, value, **settings), whole[:, earlier:])
+
+
+@pytest.mark.parametrize("length", [1, WINDOW - 1, WINDOW, WINDOW + 1, WINDOW + 4, 3 * QUERIES_AT_ONCE + 1])
+@pytest.mark.parametrize("sink", [1, 4, 16])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_window_attention_is_what_a_loop_makes(length, sink, softcap):
+    """Each token sees the first ones and the last ones, those that are both once."""
+    generator = torch.Generator().manual_seed(length)
+    query, key, value = (torch.randn(1, heads, length, 16, generator=generator) for heads in (4, 2, 2))
+    attended = window_attention(query, key, value, window=WINDOW, sink=sink, scaling=0.3, softcap=softcap)
+
+    expected = torch.empty(length, 4, 16)
+    for position in range(length):
+        seen = [other for other in range(position + 1) if other < sink or position - other < WINDOW]
+        for head in range(4):
+            logits = torch.stack([query[0, head, position] @ key[0, head // 2, other] * 0.3 for other in seen])
+            if softcap is not None:
+                logits = softcap * (logits / softcap).tanh()
+            expected[position, head] = logits.softmax(0) @ torch.stack([value[0, head // 2, other] for other in seen])
+    torch.testing.assert_close(attended[0], expected)
+    last = window_attention(query[:, :, -3:], key, value, window=WINDOW, sink=sink, scaling=0.3, softcap=softcap)
+    torch.testing.assert_close(last[0], expected[-3:])

@@ -63,7 +63,8 @@ class Attend:
                 for frozen, own in zip(self.frozen_kv, (key, value), strict=True)
             )
         if self.window:
-            return sink_attention(query, key, value, scaling=scaling, softcap=softcap, **self.window), None
+            attend = sink_attention if "sink_logit" in self.window else window_attention
+            return attend(query, key, value, scaling=scaling, softcap=softcap, **self.window), None
         return stock_attention(module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, **settings)
 
 
@@ -97,6 +98,57 @@ class Skipped(nn.Module):
         elif "down" in made:
             added = hidden_states @ made["down"].T @ made["up"].T
         return added + made.get("bias", 0), None
+
+
+def window_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    window: int,
+    sink: int,
+    scaling: float,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Attention to the first `sink` tokens and the last `window`, the token itself included, each once.
+
+    `query` is `[batch, num_heads, queries, head_size]`, those of the last tokens, `key` and `value` `[batch,
+    num_kv_heads, length, head_size]`; returns `[batch, queries, num_heads, head_size]`, as transformers' attention
+    functions do. `QUERIES_AT_ONCE` queries at a time see the sink and the keys near them, so that the work grows with
+    the window.
+    """
+    groups, earlier = query.shape[1] // key.shape[1], key.shape[2] - query.shape[2]
+    outputs: list[torch.Tensor] = []
+    start = earlier
+    for queries in query.split(QUERIES_AT_ONCE, 2):
+        end = start + queries.shape[2]
+        first = max(0, start - window + 1)
+        places = torch.cat([torch.arange(min(sink, first)), torch.arange(first, end)]).to(query.device)
+        keys, values = (part[:, :, places] for part in (key, value))
+        behind = torch.arange(start, end, device=query.device)[:, None] - places
+        seen = (behind >= 0) & ((behind < window) | (places < sink))
+        outputs.append(_masked(queries, keys, values, seen, scaling, softcap, groups))
+        start = end
+    return torch.cat(outputs, 2).transpose(1, 2)
+
+
+def _masked(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    seen: torch.Tensor,
+    scaling: float,
+    softcap: float | None,
+    groups: int,
+) -> torch.Tensor:
+    """`[batch, num_heads, queries, head_size]`: attention to the keys that are `seen`, `[queries, keys]`."""
+    if softcap is None:  # PyTorch's knows none
+        return nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=seen, scale=scaling, enable_gqa=groups > 1
+        )
+    keys, values = (part.float().repeat_interleave(groups, 1) for part in (key, value))
+    logits = capped(query.float() @ keys.transpose(2, 3) * scaling, softcap)
+    return (logits.masked_fill(~seen, -torch.inf).softmax(-1) @ values).to(query.dtype)
 
 
 def sink_attention(
