@@ -216,7 +216,7 @@ class Changed:
             self.frozen_kv[number] = kept.key, kept.value
         if plan.kind == "full":
             return call.through(layer, hidden_states)
-        window = {} if plan.window is None else {"window": plan.window}
+        window: dict[str, Any] = {} if plan.window is None else {"window": plan.window}
         if window and not constants:  # the true first tokens, and none that stand for them
             window["sink"] = plan.sink
         with attending(attention, Attend(self.frozen_kv.get(number), self.frozen_rows, **window, **constants)):
