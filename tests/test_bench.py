@@ -11,7 +11,7 @@ import pytest
 from model_executors.attention_plan import AttentionPlan, LayerPlan
 from model_executors.heads.head_plan import HeadPlan
 from vllm_ext.bench import run as bench_run
-from vllm_ext.bench.command import Variant, measure, shape_of
+from vllm_ext.bench.command import Pair, measure
 from vllm_ext.bench.ideal import Machine
 from vllm_ext.bench.report import Row, interval, rows
 from vllm_ext.bench.run import Candidate, Round, Settings, rounds
@@ -75,14 +75,13 @@ def test_what_was_interleaved_is_compared_step_by_step(tiny_models):
     }
     for interleaved, gain in ((True, 1), (False, 4)):
         settings = Settings(("prefill:16",), interleaved=interleaved)
-        assert rows(measured, shape_of(source), *plans, settings)[0].gain == gain
+        assert rows(measured, Pair.of(source.name).shape, *plans, settings)[0].gain == gain
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes_are_configurations_of_known_families(tmp_path, name):
-    checkpoint = Checkpoint.open(str(write_shape(name, tmp_path / "stock")), weights=False)
     parameters = {"llama-3.2-1b": 973, "qwen2.5-0.5b": 358, "gemma-3-270m": 100}
-    shape = shape_of(checkpoint)
+    shape = Pair.of_shape(name, tmp_path).shape
     assert round(sum(each.attention + each.mlp for each in shape.layers) / 1e6) == parameters[name]
     planned = Checkpoint.open(str(write_shape(name, tmp_path / "p", {5: LayerPlan("skip")})), weights=False)
     assert planned.plan.skipped == [5]
@@ -99,6 +98,8 @@ def test_refuses_what_cannot_be_measured(tiny_models, tmp_path, monkeypatch):
         ((llama,), "bench needs either --planned, or some of --skip, --freeze and --head"),
         (("--skip", "5"), "bench needs either a MODEL or a --shape"),
         (("--shape", "qwen2.5-0.5b", "--skip", "99"), "layer 99 does not exist"),
+        (("--shape", "qwen2.5-0.5b", "--planned", llama), "it is for a checkpoint, and a --shape is of random weights"),
+        (("--shape", "qwen2.5-0.5b", "--head", "char", "--agreement", "0.98"), "--agreement 0.98: it is for a check"),
         ((llama, "--window", "5:16"), "--window 5:16: it needs fitted tensors"),
         ((llama, "--skip", "5", "--work", "prefill:512"), "grow to 513 tokens, and the model takes 512; choose less"),
         ((llama, "--skip", "5", "--work", "walk:3"), "--work walk:3: write it as prefill:1024"),
@@ -143,14 +144,15 @@ def test_a_shape_with_character_heads(head, tmp_path, monkeypatch):
     )
     settings = Settings(("decode:2x16",), 1, 1)
     options = ["--enforce-eager", "--dtype", "float32"]
-    found, made = measure(None, "small", Variant(f"--head {head}", None, None, head), settings, options, tmp_path)
+    pair = Pair.of_shape("small", tmp_path, None, head, described=f"--head {head}")
+    found, made = measure(pair, settings, options)
     rows = {row.name: row for row in found}
     assert rows["decode:2x16"].stock > 0
     assert rows["decode:2x16"].variant > 0
     assert rows["KV-cache capacity"].gain == 1
     assert made["variant"] == f"--head {head}"
     with pytest.raises(UsageError, match=f"--shape with --head {head}: measure a plan's layers by themselves"):
-        measure(None, "small", Variant("", {1: LayerPlan("skip")}, None, head), settings, options, tmp_path / "other")
+        Pair.of_shape("small", tmp_path / "other", {1: LayerPlan("skip")}, head)
 
 
 def test_prompts_are_cut_from_prose_where_there_is_some():

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +14,11 @@ from transformers import AutoTokenizer
 from model_executors.attention_plan import LayerPlan
 from tests.reference import Reference
 from vllm_ext.checkpoint import Checkpoint, write_planned
+from vllm_ext.embedded.model import fetch_spelled
 from vllm_ext.errors import UsageError
-from vllm_ext.quality.command import Candidate, measure
+from vllm_ext.quality.command import candidates, measure
 from vllm_ext.quality.work import Settings, prepare_work
+from vllm_ext.served import Served
 
 COMMAND = [sys.executable, "-m", "vllm_ext.cli.main", "quality"]
 LENGTH = 128
@@ -131,17 +134,41 @@ def test_refuses_models_that_cannot_be_compared(smollm2, tiny_models, tmp_path):
     source = Checkpoint.open(str(smollm2), weights=True)
     planned = tmp_path / "planned"
     write_planned(source, source.planned({29: LayerPlan("skip")}), planned)
-    candidate = Candidate("planned", str(planned))
     with pytest.raises(UsageError, match="it has an attention plan; give the stock model"):
-        measure(str(planned), [], SETTINGS)
+        measure(str(planned), {}, SETTINGS)
     with pytest.raises(UsageError, match="have the same name"):
-        measure(str(smollm2), [candidate, candidate], SETTINGS)
+        candidates(str(smollm2), [str(planned), str(planned)])
     with pytest.raises(UsageError, match="its vocab_size is 256, the stock model's 49152"):
-        measure(str(smollm2), [Candidate("tiny", str(tiny_models("Llama")))], SETTINGS)
+        measure(str(smollm2), {"tiny": Served.open(str(tiny_models("Llama")))}, SETTINGS)
     with pytest.raises(UsageError, match="--length 2048: the model takes fewer than 512 tokens"):
-        measure(str(tiny_models("Llama")), [], Settings())
+        measure(str(tiny_models("Llama")), {}, Settings())
     with pytest.raises(UsageError, match="no tokenizer is to be had"):
-        measure(str(tiny_models("Llama")), [], SETTINGS)
+        measure(str(tiny_models("Llama")), {}, SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"agreements": [0.98]}, "--agreement 0.98: it is for planned checkpoints with character heads; add --planned"),
+        ({"head": "char"}, "--head char: it is for planned checkpoints with character heads; add --planned"),
+        ({"head": "rescored", "changes": {29: LayerPlan("skip")}}, "--head rescored: it is for planned checkpoints"),
+    ],
+)
+def test_no_option_is_ignored(smollm2, options, message):
+    with pytest.raises(UsageError, match=message):
+        candidates(str(smollm2), **options)
+
+
+def test_candidates_by_name(smollm2):
+    spelled = str(fetch_spelled())
+    name = Path(spelled).name
+    found = candidates(str(smollm2), [spelled], {29: LayerPlan("skip")}, "char", [0.98], overlaid="skip 29")
+    assert list(found) == [name, f"{name} at 0.98", "skip 29"]
+    plain, agreeing, skipped = found.values()
+    assert plain.hf_overrides() == {}
+    assert 0 < agreeing.head.threshold < 1
+    assert skipped.plan.skipped == [29]
+    assert not skipped.head.spells
 
 
 def test_refuses_what_vllm_refuses_in_one_line(smollm2, tiny_models, tmp_path):
@@ -149,7 +176,7 @@ def test_refuses_what_vllm_refuses_in_one_line(smollm2, tiny_models, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(smollm2 / name, folder / name)
     with pytest.raises(UsageError, match=r"max_model_len \(9999\) is greater than") as refusal:
-        measure(str(folder), [], SETTINGS, ["--max-model-len", "9999"])
+        measure(str(folder), {}, SETTINGS, ["--max-model-len", "9999"])
     assert "\n" not in str(refusal.value)
 
 

@@ -16,7 +16,7 @@ from tests.engines import NEW_TOKENS, answers, engine, outputs, runner
 from tests.reference import Reference
 from tests.tiny import prompts
 from vllm_ext.checkpoint import Checkpoint
-from vllm_ext.serve import prepare
+from vllm_ext.served import Served
 
 LENGTHS = (1, 17, 129)
 
@@ -120,7 +120,7 @@ def test_follows_the_batch(data):
 def screened(tiny_models):
     """An engine of the tiny Llama with a short list, in which few of 256 tokens are exact."""
     folder = tiny_models("Llama")
-    _, overrides = prepare(str(folder), None, (), "screened")
+    overrides = Served.open(str(folder), None, "screened").hf_overrides()
     overrides["vllm_ext"]["head"]["shortlist"] = 16
     with engine(folder, hf_overrides=overrides) as llm:
         yield llm
@@ -183,13 +183,13 @@ def test_holds_a_copy_beside_the_weight(screened):
 )
 def test_refuses(tiny_models, settings, message):
     folder = tiny_models("Llama")
-    _, overrides = prepare(str(folder), None, (), "screened")
+    overrides = Served.open(str(folder), None, "screened").hf_overrides()
     with pytest.raises(ValueError, match=message), engine(folder, hf_overrides=overrides, **settings):
         pass
 
 
 def test_a_stock_checkpoint_is_laid_over_with_a_plan_of_all_full(tiny_models):
-    _, overrides = prepare(str(tiny_models("Llama")), None, (), "screened")
+    overrides = Served.open(str(tiny_models("Llama")), None, "screened").hf_overrides()
     assert overrides["vllm_ext"]["head"] == {"kind": "screened"}
     assert (
         overrides["vllm_ext"]["attention_plan"]

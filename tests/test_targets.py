@@ -6,8 +6,9 @@ from model_executors.attention_plan import LayerPlan
 from vllm_ext.checkpoint import Checkpoint, write_planned
 from vllm_ext.offline.fit import fit
 from vllm_ext.offline.model import fast_dtype
-from vllm_ext.quality.command import Candidate, measure
+from vllm_ext.quality.command import measure
 from vllm_ext.quality.work import Settings
+from vllm_ext.served import Served
 from vllm_ext.tasks.texts import prose
 
 PLANS = {
@@ -20,14 +21,14 @@ PLANS = {
 def figures(smollm2, tmp_path_factory):
     source = Checkpoint.open(str(smollm2), weights=True)
     freeze = dict.fromkeys(range(21, 30), LayerPlan("freeze"))
-    candidates = [Candidate("freeze", str(smollm2), freeze)]
+    beside = {"freeze": Served.open(str(smollm2), freeze)}
     for name, changes in PLANS.items():
         plan = source.planned(changes)
         fitted = fit(source, plan, prose("calibration"), tokens=8192, length=512, seed=0)
         folder = tmp_path_factory.mktemp(name) / "planned"
         write_planned(source, plan, folder, fitted)
-        candidates.append(Candidate(name, str(folder)))
-    return measure(str(smollm2), candidates, Settings((512,), tokens=4096, items=60), ("--dtype", fast_dtype()))
+        beside[name] = Served.open(str(folder))
+    return measure(str(smollm2), beside, Settings((512,), tokens=4096, items=60), ("--dtype", fast_dtype()))
 
 
 def test_perplexity(figures):

@@ -18,7 +18,7 @@ from vllm_ext.checkpoint import Checkpoint, Trained, write_planned
 from vllm_ext.errors import UsageError
 from vllm_ext.heads.vocabulary import BYTES, CharacterVocabulary, token_bytes
 from vllm_ext.heads.words import WordProposer, Words, read_words, runs_of, speculation, texts_of, with_words, words_of
-from vllm_ext.serve import prepare
+from vllm_ext.served import Served
 
 VOCAB_SIZE, PLACES, NEW_TOKENS = 400, 11, 24
 LENGTHS = (3, 17, 40)
@@ -238,7 +238,7 @@ def test_refuses_words(spelled, tmp_path, content, message):
 def test_refuses_heads_that_do_not_spell(spelled, file):
     source = Checkpoint.open(str(spelled), weights=True)
     with pytest.raises(UsageError, match="nothing is spelled here"):
-        with_words(source, prepare(str(spelled), None, (), "stock")[1], file)
+        with_words(source, Served.open(str(spelled), None, "stock").hf_overrides(), file)
 
 
 def test_refuses_words_without_their_proposer(spelled, file):

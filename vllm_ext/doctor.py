@@ -11,8 +11,7 @@ from rich.table import Table
 
 from model_executors.attention_plan import KINDS
 from model_executors.families import FAMILIES
-from vllm_ext.serve import PLUGIN
-from vllm_ext.versions import vllm_distribution, vllm_problem
+from vllm_ext.versions import PLUGIN, vllm_distribution, vllm_problem
 
 GROUPS = ("vllm.general_plugins", "vllm.stat_logger_plugins")
 

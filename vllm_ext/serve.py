@@ -10,24 +10,21 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import psutil
 
-from model_executors.attention_plan import CONFIG_KEY, LayerPlan
-from model_executors.heads.head_plan import SPELLING, HeadPlan
-from model_executors.heads.head_plan import Kind as HeadKind
 from serving.settings import ARGUMENT, ServerSettings
 from serving.stopping import stopping
 from vllm_ext.checkpoint import Checkpoint
-from vllm_ext.errors import UsageError
-from vllm_ext.versions import vllm_problem
+from vllm_ext.errors import UsageError, one_line
+from vllm_ext.served import Served
+from vllm_ext.versions import PLUGIN, vllm_problem
 
-PLUGIN = "vllm_ext"
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8000  # vLLM's own
 MIDDLEWARE = "serving.middleware.RequestGuard"
@@ -49,15 +46,9 @@ class Endpoint:
 
 
 def serve(
-    model: str,
-    changes: Mapping[int, LayerPlan] | None,
-    vllm_args: Sequence[str],
-    head: HeadKind | None = None,
-    agreement: float | None = None,
-    words: Path | None = None,
-    endpoint: Endpoint | None = None,
+    served: Served, vllm_args: Sequence[str], words: Path | None = None, endpoint: Endpoint | None = None
 ) -> None:
-    """Serve in the foreground until stopped; without `changes` and `head`, the checkpoint as it is.
+    """Serve in the foreground until stopped.
 
     Raises:
         UsageError: for whatever a user can mend; what vLLM itself refuses included.
@@ -66,16 +57,16 @@ def serve(
     """
     endpoint = endpoint or Endpoint(ServerSettings())
     keys = read_keys(endpoint.api_key_file)
-    checkpoint, overrides = prepare(model, changes, vllm_args, head, agreement)
+    overrides = served.hf_overrides()
     if words is not None:
         from vllm_ext.heads.words import speculation, with_words
 
-        overrides = with_words(checkpoint, overrides, words)
+        overrides = with_words(served.checkpoint, overrides, words)
     check_listening(vllm_args)
     if problem := vllm_problem():
         raise UsageError(problem)
     allow_plugin()
-    if several_processes(vllm_args) or head_plan(checkpoint, head, agreement).kind != "stock":
+    if several_processes(vllm_args) or served.head.kind != "stock":
         counts = share_metrics()  # noqa: F841 - the folder goes when this does
 
     from vllm.entrypoints.cli.serve import ServeSubcommand
@@ -86,9 +77,9 @@ def serve(
     parser = FlexibleArgumentParser(prog="vllm-ext")
     command.subparser_init(parser.add_subparsers(dest="subparser"))
     logging_args = ["--logging-config.formatter", "json"] if endpoint.log_format == "json" else []
-    args = parser.parse_args([command.name, model, *vllm_args, *logging_args])
+    args = parser.parse_args([command.name, served.model, *vllm_args, *logging_args])
     configure_logging_from_args(args)
-    check_arguments(args, checkpoint, endpoint.allow_code)
+    check_arguments(args, served.checkpoint, endpoint.allow_code)
     if overrides:
         if callable(args.hf_overrides):
             raise UsageError("--hf-overrides beside a plan must be a JSON object")
@@ -218,58 +209,6 @@ def serve_metrics(host: str, port: int) -> None:
         raise UsageError(f"--metrics-port {port}: cannot listen ({error.strerror}); choose another") from error
 
 
-def prepare(
-    model: str,
-    changes: Mapping[int, LayerPlan] | None,
-    vllm_args: Sequence[str],
-    head: HeadKind | None = None,
-    agreement: float | None = None,
-) -> tuple[Checkpoint, dict[str, Any]]:
-    """Check the model and the plan; returns it, and what to override in its configuration: nothing without
-    `changes` and `head`.
-
-    Raises:
-        UsageError: for a missing or damaged checkpoint, or a plan that does not fit.
-
-    """
-    checkpoint = Checkpoint.open(model, weights=False)
-    plan = checkpoint.plan if changes is None else checkpoint.planned(changes)
-    if checkpoint.folder is not None and not any(argument.startswith("--load-format") for argument in vllm_args):
-        checkpoint.check_weights()
-    chosen = head_plan(checkpoint, head, agreement)
-    overrides = {} if changes is None or plan is None else checkpoint.overrides(plan)
-    if head is None and agreement is None:
-        return checkpoint, overrides
-    if not overrides and plan is None:
-        overrides = checkpoint.overrides(checkpoint.planned({}))
-    section = {**checkpoint.config.get(CONFIG_KEY, {}), **overrides.get(CONFIG_KEY, {}), "head": chosen.to_config()}
-    return checkpoint, {**overrides, CONFIG_KEY: section}
-
-
-def head_plan(checkpoint: Checkpoint, head: HeadKind | None, agreement: float | None) -> HeadPlan:
-    """The checkpoint's head, or another one in its place, with the threshold for `agreement`.
-
-    Raises:
-        UsageError: for character heads where there are none, or an agreement that was not calibrated for.
-
-    """
-    written = checkpoint.head
-    if head is not None and head != written.kind:
-        if head in SPELLING and not written.slots:
-            raise UsageError(f"--head {head}: {checkpoint.name} has no character heads; train them with vllm-ext spell")
-        written = replace(written, kind=head) if head in SPELLING else HeadPlan(head)
-    if agreement is None:
-        return written
-    if not written.spells:
-        raise UsageError(f"--agreement {agreement:g}: it is for character heads; add --head char, or drop it")
-    calibrated = checkpoint.config[CONFIG_KEY]["training"]["calibration"]
-    known = {row["agreement"]: row for row in calibrated if row.get("head", "char") == written.kind}
-    if agreement not in known:
-        choices = ", ".join(f"{each:g}" for each in sorted(known))
-        raise UsageError(f"--agreement {agreement:g}: {checkpoint.name} was calibrated for {choices}; take one of them")
-    return replace(written, threshold=known[agreement]["threshold"])
-
-
 def check_listening(vllm_args: Sequence[str]) -> None:
     """Raise UsageError where the port is taken: vLLM shares a listening port and would not notice."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -296,11 +235,3 @@ def check_listening(vllm_args: Sequence[str]) -> None:
         raise UsageError(
             f"--port {args.port}: cannot listen on {args.host} ({error.strerror}); choose another"
         ) from error
-
-
-def one_line(error: Exception) -> str:
-    """The message without the frame that pydantic puts around it."""
-    errors = getattr(error, "errors", None)
-    if callable(errors):
-        return "; ".join(str(item.get("ctx", {}).get("error", item["msg"])) for item in errors())
-    return " ".join(str(error).split())

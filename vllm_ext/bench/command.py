@@ -2,15 +2,13 @@
 
 import itertools
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from model_executors.attention_plan import AttentionPlan, LayerPlan
-from model_executors.heads.head_plan import SPELLING, HeadPlan
-from model_executors.heads.head_plan import Kind as HeadKind
+from model_executors.attention_plan import LayerPlan
+from model_executors.heads.head_plan import SPELLING, Kind
 from vllm_ext.bench import machine
 from vllm_ext.bench.ideal import Shape
 from vllm_ext.bench.report import Row, report, rows, show
@@ -20,7 +18,7 @@ from vllm_ext.bench.work import Work
 from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.errors import UsageError
 from vllm_ext.offline.model import read_tokenizer
-from vllm_ext.serve import head_plan, prepare
+from vllm_ext.served import Served
 from vllm_ext.tasks.texts import prose
 from vllm_ext.versions import vllm_problem
 
@@ -31,75 +29,90 @@ UNTOKENIZED = ("--skip-tokenizer-init",)  # prompts are token ids
 
 
 @dataclass(frozen=True)
-class Variant:
-    """What is measured beside stock."""
-
-    described: str
-    """By the options that name it."""
-    changes: Mapping[int, LayerPlan] | None = None
-    """A plan laid over the stock checkpoint."""
-    folder: str | None = None
-    """A planned checkpoint."""
-    head: HeadKind | None = None
-    agreement: float | None = None
-
-
-@dataclass(frozen=True)
 class Pair:
-    """Stock and variant, ready to be measured."""
+    """Stock and a variant of it, to be measured beside each other."""
 
     name: str
-    candidates: Mapping[str, Candidate]
-    shape: Shape
-    plan: AttentionPlan
-    heads: tuple[HeadPlan, HeadPlan]
+    described: str
+    """The variant, by the options that name it."""
+    stock: Served
+    variant: Served
+    vllm_args: tuple[str, ...] = ()
+    """For both, before the user's own."""
 
+    @classmethod
+    def of(
+        cls,
+        model: str,
+        changes: Mapping[int, LayerPlan] | None = None,
+        planned: str | None = None,
+        head: Kind | None = None,
+        agreement: float | None = None,
+        *,
+        described: str = "",
+        vllm_args: Sequence[str] = (),
+    ) -> Self:
+        """The stock `model`, beside a plan or a head laid over it, or beside a checkpoint that was planned.
 
-def pair(
-    model: str | None, shape: str | None, variant: Variant, settings: Settings, args: Sequence[str], scratch: Path
-) -> Pair:
-    """Check the two.
+        Raises:
+            UsageError: for a model or plan that is missing, damaged or does not fit.
 
-    Raises:
-        UsageError: for a model or plan that is missing, damaged or does not fit.
+        """
+        stock = Served.open(model, vllm_args=vllm_args)
+        variant = Served.open(planned or model, changes, head, agreement, vllm_args=vllm_args)
+        if planned is not None and variant.plan is None:
+            raise UsageError(f"--planned {planned}: it has no attention plan; write one with vllm-ext plan")
+        return cls(Path(model).name, described, stock, variant)
 
-    """
-    if (model is None) == (shape is None):
-        raise UsageError("bench needs either a MODEL or a --shape; give one of them")
-    if shape is not None:
-        if variant.folder is not None:
-            raise UsageError(f"--planned {variant.folder}: a --shape has no checkpoint; use --skip, --window, --freeze")
-        if variant.head in SPELLING:
-            if variant.changes is not None:
-                raise UsageError(
-                    f"--shape with --head {variant.head}: measure a plan's layers by themselves; drop the layers"
-                )
-            model, folder = map(str, write_spelled_shape(shape, scratch))
+    @classmethod
+    def of_shape(
+        cls,
+        shape: str,
+        scratch: Path,
+        changes: Mapping[int, LayerPlan] | None = None,
+        head: Kind | None = None,
+        *,
+        described: str = "",
+    ) -> Self:
+        """A model of that shape, of random weights, and a variant; both are written into the folder `scratch`.
+
+        Raises:
+            UsageError: for an unknown shape, or a plan that does not fit it.
+
+        """
+        if head in SPELLING:
+            if changes is not None:
+                raise UsageError(f"--shape with --head {head}: measure a plan's layers by themselves; drop the layers")
+            stock, spelled = (Served.open(str(folder)) for folder in write_spelled_shape(shape, scratch))
+            return cls(shape, described, stock, Served.open(spelled.model, None, head))
+        stock = Served.open(str(write_shape(shape, scratch / "stock")), vllm_args=DUMMY)
+        if changes is None:
+            variant = Served.open(stock.model, None, head, vllm_args=DUMMY)
         else:
-            model = folder = str(write_shape(shape, scratch / "stock"))
-            if variant.changes is not None:
-                folder = str(write_shape(shape, scratch / "planned", variant.changes))
-            args = [*args, *DUMMY]
-        variant = Variant(variant.described, None, folder, variant.head, variant.agreement)
-    assert model is not None
-    args = [*args, *UNTOKENIZED]
-    stock, _ = prepare(model, None, args)
-    if not any(each.startswith("--max-model-len") for each in args):
-        args = [*args, "--max-model-len", str(_max_model_len(stock, settings))]
-    served = variant.folder or model
-    opened, overrides = prepare(served, variant.changes, args, variant.head, variant.agreement)
-    if variant.folder is not None and shape is None and opened.plan is None:
-        raise UsageError(f"--planned {variant.folder}: it has no attention plan; write one with vllm-ext plan")
-    plan = opened.plan if variant.changes is None else opened.planned(variant.changes)
-    heads = (HeadPlan(), head_plan(opened, variant.head, variant.agreement))
-    given = _prose(stock) if 0 < heads[1].threshold < 1 else ()  # on random tokens all rows would be unsure
-    return Pair(
-        shape or Path(model).name,
-        {"stock": Candidate(model, {}, args, given), "variant": Candidate(served, overrides, args, given)},
-        shape_of(stock),
-        plan or AttentionPlan.of(stock.num_layers),
-        heads,
-    )
+            planned = write_shape(shape, scratch / "planned", changes)
+            variant = Served.open(str(planned), None, head, vllm_args=DUMMY)
+        return cls(shape, described, stock, variant, DUMMY)
+
+    @property
+    def shape(self) -> Shape:
+        """What ideals are worked out from; what its elements take is known when an engine has chosen."""
+        from transformers import AutoConfig
+
+        stock = self.stock.checkpoint
+        return Shape.of(AutoConfig.from_pretrained(stock.folder or stock.name), stock.family)
+
+    def candidates(self, settings: Settings, args: Sequence[str]) -> dict[str, Candidate]:
+        """Both as engines are to serve them, with vLLM's options `args`."""
+        stock = self.stock.checkpoint
+        args = [*args, *self.vllm_args, *UNTOKENIZED]
+        if not any(each.startswith("--max-model-len") for each in args):
+            args += ["--max-model-len", str(_max_model_len(stock, settings))]
+        # On random tokens all rows would be unsure.
+        prose = _prose(stock) if 0 < self.variant.head.threshold < 1 else ()
+        return {
+            name: Candidate(served.model, served.hf_overrides(), args, prose)
+            for name, served in (("stock", self.stock), ("variant", self.variant))
+        }
 
 
 def _prose(stock: Checkpoint) -> Sequence[int]:
@@ -122,33 +135,18 @@ def _max_model_len(stock: Checkpoint, settings: Settings) -> int:
     return min(taken, -(-needed // BLOCK) * BLOCK)
 
 
-def shape_of(stock: Checkpoint) -> Shape:
-    """The checkpoint's shape; what its elements take is known when an engine has chosen."""
-    from transformers import AutoConfig
-
-    return Shape.of(AutoConfig.from_pretrained(stock.folder or stock.name), stock.family)
-
-
-def bench(
-    model: str | None,
-    shape: str | None,
-    variant: Variant,
-    settings: Settings,
-    args: Sequence[str],
-    json_file: Path | None,
-) -> None:
+def bench(pair: Pair, settings: Settings, args: Sequence[str], json_file: Path | None) -> None:
     """Measure, print the table, and the JSON as the last line.
 
     Raises:
-        UsageError: as `pair` does, and where an engine does not start.
+        UsageError: for work that the model cannot take, and where an engine does not start.
 
     """
     if json_file is not None and not json_file.parent.is_dir():
         raise UsageError(f"--json {json_file}: no such folder; create {json_file.parent}")
     if problem := vllm_problem():
         raise UsageError(problem)
-    with tempfile.TemporaryDirectory(prefix="vllm-ext-bench-") as scratch:
-        found, made = measure(model, shape, variant, settings, args, Path(scratch))
+    found, made = measure(pair, settings, args)
     show(made, found)
     text = json.dumps(made)
     if json_file is not None:
@@ -156,14 +154,12 @@ def bench(
     print(text)
 
 
-def measure(
-    model: str | None, shape: str | None, variant: Variant, settings: Settings, args: Sequence[str], scratch: Path
-) -> tuple[list[Row], dict[str, Any]]:
-    """The rows, and all of it for JSON; raises as `pair` does."""
-    two = pair(model, shape, variant, settings, args, scratch)
-    measured = rounds(two.candidates, settings)
-    shape_served = replace(two.shape, element_bytes=measured["stock"][0].element_bytes)
-    roof = machine.measured(shape_served.element_bytes)
-    found = rows(measured, shape_served, two.plan, two.heads, roof, settings)
+def measure(pair: Pair, settings: Settings, args: Sequence[str]) -> tuple[list[Row], dict[str, Any]]:
+    """The rows, and all of it for JSON; raises as `bench` does."""
+    measured = rounds(pair.candidates(settings, args), settings)
+    shape = replace(pair.shape, element_bytes=measured["stock"][0].element_bytes)
+    roof = machine.measured(shape.element_bytes)
+    heads = (pair.stock.head, pair.variant.head)
+    found = rows(measured, shape, pair.variant.attention_plan, heads, roof, settings)
     told = {key: value for key, value in asdict(settings).items() if key != "work"} | {"vllm_args": list(args)}
-    return found, report(two.name, variant.described, found, measured, roof, told)
+    return found, report(pair.name, pair.described, found, measured, roof, told)

@@ -6,7 +6,6 @@ heads by themselves, in this process.
 
 import shlex
 import statistics
-import tempfile
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from typing import Literal
 
 from model_executors.attention_plan import LayerPlan
 from vllm_ext.bench import machine
-from vllm_ext.bench.command import Pair, Variant, pair
+from vllm_ext.bench.command import Pair
 from vllm_ext.bench.ideal import parts, seconds
 from vllm_ext.bench.run import Round, Settings, rounds
 from vllm_ext.bench.work import Work
@@ -48,10 +47,11 @@ def sweep(
     dimension: Dimension,
     points: Sequence[int],
     model: str,
-    variant: Variant,
+    planned: str | None,
     args: Sequence[str],
     count: int = 1,
     interleaved: bool = False,
+    described: str = "planned",
 ) -> Sweep:
     """Measure one dimension in `count` rounds; raises UsageError as `bench` does, and for points that cannot be."""
     chosen = tuple(dict.fromkeys(points)) or POINTS[dimension]
@@ -62,24 +62,25 @@ def sweep(
     if dimension == "skipped":
         return _skipped(chosen, model, args, count, interleaved)
     work = tuple(f"decode:1x{point}" if dimension == "context" else f"decode:{point}x128" for point in chosen)
-    with tempfile.TemporaryDirectory(prefix="vllm-ext-bench-") as scratch:
-        settings = Settings(work, count, 1, interleaved=interleaved)
-        two = pair(model, None, variant, settings, args, Path(scratch))
-        measured = rounds(two.candidates, settings)
+    settings = Settings(work, count, 1, interleaved=interleaved)
+    two = Pair.of(model, planned=planned, described=described, vllm_args=args)
+    measured = rounds(two.candidates(settings, args), settings)
     shape = replace(two.shape, element_bytes=measured["stock"][0].element_bytes)
     roof = machine.measured(shape.element_bytes)
-    plans = {"stock": type(two.plan).of(len(two.plan.layers)), "variant": two.plan}
-    names = {"stock": "stock", "variant": variant.described}
-    heads = dict(zip(plans, two.heads, strict=True))
+    served = {"stock": two.stock, "variant": two.variant}
+    names = {"stock": "stock", "variant": described}
 
     def ideal(name: str) -> list[float]:
-        return [1e3 * seconds(parts(shape, plans[name], heads[name], Work.parse(text).steps), roof) for text in work]
+        one = served[name]
+        return [
+            1e3 * seconds(parts(shape, one.attention_plan, one.head, Work.parse(text).steps), roof) for text in work
+        ]
 
     return Sweep(
         dimension,
         chosen,
         {names[name]: [_milliseconds(some, text) for text in work] for name, some in measured.items()},
-        {names[name]: ideal(name) for name in plans},
+        {names[name]: ideal(name) for name in served},
         f"{two.name}: time per step of a decode, {'one stream' if dimension == 'context' else 'context of 128'}",
     )
 
@@ -94,20 +95,19 @@ def _skipped(points: tuple[int, ...], model: str, args: Sequence[str], count: in
     layers = Checkpoint.open(model, weights=False).num_layers
     if max(points) >= layers:
         raise UsageError(f"--point {max(points)}: the model has {layers} layers and one must attend; choose fewer")
-    with tempfile.TemporaryDirectory(prefix="vllm-ext-bench-") as scratch:
-        pairs, settings = {}, Settings(work, count, interleaved=interleaved)
-        for point in points:
-            changes = {layer: LayerPlan("skip") for layer in range(layers - point, layers)}
-            pairs[f"skip {point}"] = pair(model, None, Variant("", changes), settings, args, Path(scratch))
-        variants = {name: two.candidates["variant"] for name, two in pairs.items()}
-        measured = rounds(variants, settings)
+    pairs, settings = {}, Settings(work, count, interleaved=interleaved)
+    for point in points:
+        changes = {layer: LayerPlan("skip") for layer in range(layers - point, layers)}
+        pairs[f"skip {point}"] = Pair.of(model, changes, vllm_args=args)
+    variants = {name: two.candidates(settings, args)["variant"] for name, two in pairs.items()}
+    measured = rounds(variants, settings)
     (element_bytes,) = {found.element_bytes for some in measured.values() for found in some}
     roof = machine.measured(element_bytes)
     one = next(iter(pairs.values()))
     shape = replace(one.shape, element_bytes=element_bytes)
 
     def ideal(two: Pair, text: str) -> float:
-        return 1e3 * seconds(parts(shape, two.plan, two.heads[1], Work.parse(text).steps), roof)
+        return 1e3 * seconds(parts(shape, two.variant.attention_plan, two.variant.head, Work.parse(text).steps), roof)
 
     return Sweep(
         "skipped",

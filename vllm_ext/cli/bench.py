@@ -3,6 +3,7 @@
 import json
 import signal
 import sys
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
@@ -69,7 +70,7 @@ def bench(
     work takes five minutes for the embedded model and --enforce-eager, and twice that compiled, on an idle machine; on
     a busy one give --interleaved. On a CPU the KV cache has 1 GiB unless VLLM_CPU_KVCACHE_SPACE says otherwise.
     """
-    from vllm_ext.bench.command import Variant
+    from vllm_ext.bench.command import Pair
     from vllm_ext.bench.command import bench as run
     from vllm_ext.bench.run import Settings
     from vllm_ext.bench.work import DEFAULT, DEFAULT_LONG
@@ -86,6 +87,11 @@ def bench(
             raise UsageError(
                 f"{option} {value}: it needs fitted tensors; write them with vllm-ext plan, then --planned"
             )
+    if (model is None) == (shape is None):
+        raise UsageError("bench needs either a MODEL or a --shape; give one of them")
+    for option, one in (("--planned", planned), ("--agreement", agreement)):
+        if one is not None and shape is not None:
+            raise UsageError(f"{option} {one}: it is for a checkpoint, and a --shape is of random weights; drop it")
     given = {"--planned": planned and Path(planned).name, "--skip": skip, "--freeze": freeze, "--window": window}
     given |= {"--consolidation": consolidation, "--head": head}
     given["--agreement"] = None if agreement is None else f"{agreement:g}"
@@ -94,7 +100,13 @@ def bench(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the engines it started end with it
     chosen = tuple(work or ()) or DEFAULT + (DEFAULT_LONG if long else ())
     settings = Settings(chosen, rounds, repeats, seed, interleaved)
-    run(model, shape, Variant(described, changes, planned, head, agreement), settings, args, json_file)
+    with tempfile.TemporaryDirectory(prefix="vllm-ext-bench-") as scratch:
+        if shape is not None:
+            pair = Pair.of_shape(shape, Path(scratch), changes, head, described=described)
+        else:
+            assert model is not None
+            pair = Pair.of(model, changes, planned, head, agreement, described=described, vllm_args=args)
+        run(pair, settings, args, json_file)
 
 
 @app.command("bench-grow", context_settings=VLLM_OPTIONS)
@@ -117,7 +129,6 @@ def bench_grow(
     In one round single points are noisy. `vocabulary` times heads and no engine, so rounds mean nothing to it. The last
     line of the output is JSON.
     """
-    from vllm_ext.bench.command import Variant
     from vllm_ext.bench.grow import draw, sweep
     from vllm_ext.embedded.model import fetch, fetch_planned
 
@@ -128,8 +139,8 @@ def bench_grow(
     if used is None and dimension in ("context", "streams"):
         raise UsageError("--planned is missing: give a planned checkpoint of that model to measure beside it")
     described = Path(used).name if planned and used else "planned"
-    variant = Variant(described, None, used)
-    found = sweep(dimension, tuple(point or ()), model or str(fetch()), variant, context.args, rounds, interleaved)
+    chosen = model or str(fetch())
+    found = sweep(dimension, tuple(point or ()), chosen, used, context.args, rounds, interleaved, described)
     draw(found, out, ["vllm-ext", *sys.argv[1:]])
     print(out)
     print(json.dumps(asdict(found)))

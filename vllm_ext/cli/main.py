@@ -250,6 +250,7 @@ def serve(
     from vllm_ext.layers import layer_plans
     from vllm_ext.serve import Endpoint
     from vllm_ext.serve import serve as run
+    from vllm_ext.served import Served
 
     if max_queued_requests and max_concurrent_requests is None:
         raise UsageError(
@@ -267,7 +268,8 @@ def serve(
     )
     endpoint = Endpoint(settings, api_key_file, metrics_port, log_format, allow_code)
     changes = None if skip is freeze is None else layer_plans(skip=skip, freeze=freeze)
-    run(model, changes, context.args, head, agreement, words, endpoint)
+    served = Served.open(model, changes, head, agreement, vllm_args=context.args)
+    run(served, context.args, words, endpoint)
 
 
 @app.command("quality", context_settings=VLLM_OPTIONS)
@@ -292,24 +294,18 @@ def quality(
     seed: Annotated[int, typer.Option(help="For which passages, capitals and sums those are.")] = 0,
 ) -> None:
     """Measure what plans cost, beside the stock MODEL: prose, capitals, sums; options of `vllm serve` go to all."""
-    from model_executors.heads.head_plan import SPELLING
     from vllm_ext.layers import layer_plans
-    from vllm_ext.quality.command import Candidate
+    from vllm_ext.quality.command import candidates
     from vllm_ext.quality.command import quality as run
     from vllm_ext.quality.work import Settings
 
-    spelling, head = (head, None) if head in SPELLING else (None, head)
-    candidates = [Candidate(Path(folder).name, folder, None, spelling) for folder in planned or []]
-    for folder in planned or []:
-        for each in agreement or []:
-            candidates.append(Candidate(f"{Path(folder).name} at {each:g}", folder, None, spelling, each))
-    overlaid = {"skip": skip, "freeze": freeze, "head": head}
-    given = [f"{option} {value}" for option, value in overlaid.items() if value is not None]
-    if given:
-        changes = None if skip is freeze is None else layer_plans(skip=skip, freeze=freeze)
-        candidates.append(Candidate(", ".join(given), model, changes, head))
+    settings = Settings(tuple(length or Settings.lengths), tokens, items, seed)
+    changes = None if skip is freeze is None else layer_plans(skip=skip, freeze=freeze)
+    given = {"skip": skip, "freeze": freeze, "head": head}
+    overlaid = ", ".join(f"{option} {value}" for option, value in given.items() if value is not None)
+    beside = candidates(model, planned or (), changes, head, agreement or (), overlaid=overlaid, vllm_args=context.args)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the engines it started end with it
-    run(model, candidates, Settings(tuple(length or Settings.lengths), tokens, items, seed), context.args, json_file)
+    run(model, beside, settings, context.args, json_file)
 
 
 @app.command("probe")

@@ -12,7 +12,7 @@ from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.errors import UsageError
 from vllm_ext.heads.words import speculation
 from vllm_ext.offline.model import fast_dtype
-from vllm_ext.serve import prepare
+from vllm_ext.served import Served
 
 LENGTH = 64
 """Tokens of a prompt."""
@@ -83,7 +83,7 @@ def run(model: str, overrides: dict[str, Any], prompts: Sequence[Sequence[int]],
 
 def overrides_of(checkpoint: Checkpoint, agreement: float | None) -> dict[str, Any]:
     """Of its configuration, to serve its character heads with the threshold for `agreement`."""
-    return prepare(checkpoint.name, None, (), "char", agreement)[1]
+    return Served.open(checkpoint.name, None, "char", agreement).hf_overrides()
 
 
 def print_measured(stock: Steps, words: Steps, found: int, name: str) -> None:

@@ -5,39 +5,68 @@ import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from model_executors.attention_plan import LayerPlan
-from model_executors.heads.head_plan import Kind as HeadKind
+from model_executors.heads.head_plan import SPELLING, Kind
 from vllm_ext.checkpoint import Checkpoint
-from vllm_ext.errors import UsageError
+from vllm_ext.errors import UsageError, one_line
 from vllm_ext.progress import progress
 from vllm_ext.quality.engine import Replies, reply_of
 from vllm_ext.quality.report import STOCK, Figures, figures_of, show
 from vllm_ext.quality.work import Settings, Work, prepare_work
 from vllm_ext.reports.figures import is_right
-from vllm_ext.serve import one_line, prepare
+from vllm_ext.served import Served
 from vllm_ext.tasks import texts
 from vllm_ext.versions import vllm_distribution
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A model to measure."""
+def candidates(
+    model: str,
+    planned: Sequence[str] = (),
+    changes: Mapping[int, LayerPlan] | None = None,
+    head: Kind | None = None,
+    agreements: Sequence[float] = (),
+    *,
+    overlaid: str = "",
+    vllm_args: Sequence[str] = (),
+) -> dict[str, Served]:
+    """What is measured beside the stock `model`, by name.
 
-    name: str
-    model: str
-    changes: Mapping[int, LayerPlan] | None = None
-    """A plan laid over it; None for the checkpoint as it is."""
-    head: HeadKind | None = None
-    agreement: float | None = None
+    Each planned checkpoint, once as it is and once at each agreement; and the model with a plan laid over it, or with a
+    head of its own, under the name `overlaid`. A head that spells is for the planned checkpoints.
+
+    Raises:
+        UsageError: for options that nothing is there for, two of one name, or what does not fit.
+
+    """
+    spelling, own = (head, None) if head in SPELLING else (None, head)
+    for option, value in (("--head", spelling), ("--agreement", next(iter(agreements), None))):
+        if value is not None and not planned:
+            raise UsageError(
+                f"{option} {value}: it is for planned checkpoints with character heads; add --planned, or drop it"
+            )
+    found: dict[str, Served] = {}
+
+    def add(name: str, served: Served) -> None:
+        if name in found or name == STOCK:
+            raise UsageError(f"two candidates have the same name, {name}; rename a folder")
+        found[name] = served
+
+    for folder in planned:
+        add(Path(folder).name, Served.open(folder, None, spelling, vllm_args=vllm_args))
+        for each in agreements:
+            add(f"{Path(folder).name} at {each:g}", Served.open(folder, None, spelling, each, vllm_args=vllm_args))
+    if changes is not None or own is not None:
+        add(overlaid, Served.open(model, changes, own, vllm_args=vllm_args))
+    return found
 
 
 def quality(
     model: str,
-    candidates: Sequence[Candidate],
+    beside: Mapping[str, Served],
     settings: Settings,
     vllm_args: Sequence[str] = (),
     json_file: Path | None = None,
@@ -50,7 +79,7 @@ def quality(
     """
     if json_file is not None and not json_file.parent.is_dir():
         raise UsageError(f"--json {json_file}: no such folder; create {json_file.parent}")
-    figures = measure(model, candidates, settings, vllm_args)
+    figures = measure(model, beside, settings, vllm_args)
     report = {
         "model": Path(model).name,
         "vllm_args": list(vllm_args),
@@ -66,36 +95,27 @@ def quality(
 
 
 def measure(
-    model: str, candidates: Sequence[Candidate], settings: Settings, vllm_args: Sequence[str] = ()
+    model: str, beside: Mapping[str, Served], settings: Settings, vllm_args: Sequence[str] = ()
 ) -> dict[str, Figures]:
-    """The figures of the stock `model`, under the name `stock`, and of each candidate.
+    """The figures of the stock `model`, under the name `stock`, and of each candidate `beside` it.
 
     Raises:
         UsageError: for a model or a plan that does not fit, or an engine that does not start.
 
     """
-    stock = Candidate(STOCK, model)
-    prepared = {
-        each.name: prepare(each.model, each.changes, vllm_args, each.head, each.agreement)
-        for each in (stock, *candidates)
-    }
-    if len(prepared) <= len(candidates):
-        raise UsageError(f"two of {', '.join(each.name for each in candidates)} have the same name; rename a folder")
-    checkpoint, _ = prepared[STOCK]
-    _check(checkpoint, [prepared[each.name][0] for each in candidates], settings)
+    all_served = {STOCK: Served.open(model, vllm_args=vllm_args), **beside}
+    _check(all_served[STOCK].checkpoint, [each.checkpoint for each in beside.values()], settings)
     tokenizer = _tokenizer(model)
     work, right = prepare_work(tokenizer, settings)
     replies: dict[str, Replies] = {}
     with progress() as bars:
-        task = bars.add_task("", total=work.tokens * len(prepared))
-        for number, candidate in enumerate((stock, *candidates)):
-            bars.update(task, description=f"{candidate.name} ({number + 1} of {len(prepared)})")
-            opened, overrides = prepared[candidate.name]
-            plan = opened.plan if candidate.changes is None else opened.planned(candidate.changes)
-            frozen = plan is not None and plan.first_frozen < len(plan.layers)
-            arguments = [*_engine_arguments(candidate.model, work), *vllm_args]
-            replies[candidate.name] = reply_of(
-                arguments, overrides, work, not frozen, lambda tokens: bars.advance(task, tokens)
+        task = bars.add_task("", total=work.tokens * len(all_served))
+        for number, (name, served) in enumerate(all_served.items()):
+            bars.update(task, description=f"{name} ({number + 1} of {len(all_served)})")
+            frozen = served.plan is not None and served.plan.first_frozen < len(served.plan.layers)
+            arguments = [*_engine_arguments(served.model, work), *vllm_args]
+            replies[name] = reply_of(
+                arguments, served.hf_overrides(), work, not frozen, lambda tokens: bars.advance(task, tokens)
             )
             bars.update(task, completed=work.tokens * (number + 1))
     scores = {

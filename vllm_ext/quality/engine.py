@@ -12,11 +12,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from vllm_ext.errors import UsageError
+from vllm_ext.errors import UsageError, one_line
 from vllm_ext.process import STOP_SECONDS, show_end
 from vllm_ext.quality.work import Work
 from vllm_ext.reports.figures import Scored
-from vllm_ext.serve import one_line
 
 
 @dataclass
