@@ -165,7 +165,7 @@ def test_candidates_by_name(smollm2):
     found = candidates(str(smollm2), [spelled], {29: LayerPlan("skip")}, "char", [0.98], overlaid="skip 29")
     assert list(found) == [name, f"{name} at 0.98", "skip 29"]
     plain, agreeing, skipped = found.values()
-    assert plain.hf_overrides() == {}
+    assert plain.head.kind == agreeing.head.kind == "char"
     assert 0 < agreeing.head.threshold < 1
     assert skipped.plan.skipped == [29]
     assert not skipped.head.spells
