@@ -37,7 +37,7 @@ serve: $(READY)  ## Serve the embedded model with its plan, or with the layers o
 # 2,400 tokens of KV cache for stock, five requests, in blocks of 32, so that memory binds, as it does on a GPU under load: what
 # waits for it is late with its first token, by a promise that leaves time for the prompt. The same bytes for both. Requests
 # come evenly, since by chance alone a few dozen that do not would need hours to tell the two apart.
-COMPARED := --profile chat --scale 2 --arrival constant --ttft $(if $(SLOW_BF16),12,4) --itl 2 --goodput 0.9 --warmup 5 \
+COMPARED := --workload chat --scale 2 --arrival constant --ttft $(if $(SLOW_BF16),12,4) --itl 2 --goodput 0.9 --warmup 5 \
 	--duration 18 --cut --tolerance 0.15 --rounds 5 --enforce-eager --block-size 32 --max-model-len 1024 \
 	--max-num-batched-tokens 128 --kv-cache-memory-bytes $(if $(DTYPE),117440512,58720256) $(DTYPE)
 # On a CPU vLLM keeps a core from the model, for the rest of the server: of two cores half the speed.

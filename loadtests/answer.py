@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from loadtests.options import option
+
 GIVEN_UP = "given up"
 """The error of a request under way when a run ended early, because its objective was out of reach."""
 CUT = "cut off"
@@ -85,12 +87,9 @@ class Answer:
 class Objective:
     """A latency promise: so many of the answers are to be good."""
 
-    ttft: float
-    """Seconds to the first token at most."""
-    itl: float
-    """Seconds between chunks at most, for 95% of an answer's gaps."""
-    goodput: float = 0.95
-    """The part of all requests that must be good."""
+    ttft: float = option(2.0, "The promise: seconds to a request's first token.")
+    itl: float = option(0.2, "The promise: seconds between chunks of tokens, for 95% of an answer's gaps.")
+    goodput: float = option(0.95, "The part of requests that must be answered within the promise.")
     quantile: float = 0.95
 
     def __post_init__(self) -> None:

@@ -2,10 +2,6 @@
 
 import random
 from collections.abc import Iterator
-from typing import Literal, get_args
-
-Kind = Literal["closed", "constant", "poisson", "bursts", "trace"]
-KINDS: tuple[str, ...] = get_args(Kind)
 
 
 def schedule(kind: str, rate: float, seed: int = 0, burst: int = 8) -> Iterator[float]:

@@ -24,8 +24,10 @@ import numpy as np
 
 from loadtests.answer import Answer, Objective
 from loadtests.metrics import INTERVAL, Sample, Scraper, from_prometheus, scrape
-from loadtests.run import Pace, Run, Settings, warm_up
+from loadtests.options import option
+from loadtests.run import Pace, Run, warm_up, workload_of
 from loadtests.saturation import saturate
+from loadtests.settings import Load
 from loadtests.statistics import CONFIDENCE, Figures, Ratio, ratio, waited
 
 SIDES = ("A", "B")
@@ -42,22 +44,22 @@ class Plan:
 
     profiles: tuple[str, ...]
     objective: Objective
-    settings: Settings
-    rounds: int = 3
-    tolerance: float = 0.1
-    """How closely saturation rates are found, as a part of them."""
-    start: float | None = None
-    """The first rate tried, requests a second; by default found by asking."""
-    seed: int = 0
-    together: bool = True
-    """Whether both servers stay up, or each is started for its turn and ended."""
-    prometheus: str = ""
+    load: Load
+    rounds: int = option(3, "How often both are measured; two at least tell chance.")
+    tolerance: float = option(0.1, "How closely the highest rate is found, as a part of it.")
+    start: float | None = option(None, "The first rate to try, requests a second; by default found.")
+    in_turn: bool = option(False, "Start each server for its turn alone, where both do not fit.")
+    prometheus: str = option("", "A Prometheus that scrapes both, to take metrics from; by default they are scraped.")
 
     def __post_init__(self) -> None:
         if self.rounds < 1:
             raise ValueError(f"rounds {self.rounds}: at least 1")
         if not 0 < self.tolerance <= 1:
             raise ValueError(f"tolerance {self.tolerance:g}: a part of the rate; give one in (0, 1]")
+        if self.load.arrival in ("closed", "trace"):
+            raise ValueError(f"arrival {self.load.arrival!r}: take constant, poisson or bursts")
+        for each in self.profiles:
+            workload_of(replace(self.load, workload=each))
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,8 @@ class Comparison:
         self.level: dict[str, float] = {}
         self.warm: set[tuple[str, str]] = set()
         self.paces: dict[tuple[str, str], Pace] = {}
-        self.texts = itertools.count(plan.seed)
-        self.dice = random.Random(plan.seed)
+        self.texts = itertools.count(plan.load.seed)
+        self.dice = random.Random(plan.load.seed)
         self.turns = 0
         """How many sides' rounds are done."""
         self.level_answers: dict[tuple[str, str], list[Answer]] = {}
@@ -118,13 +120,13 @@ class Comparison:
         """
         with contextlib.ExitStack() as stack:
             urls: dict[str, str] = {}
-            if self.plan.together:
+            if not self.plan.in_turn:
                 for side in SIDES:
                     step(f"{side} starts")
                     urls[side] = stack.enter_context(self._observed(side))
             for turn in range(self.plan.rounds):
                 order = SIDES if turn % 2 == 0 else SIDES[::-1]
-                if self.plan.together:
+                if not self.plan.in_turn:
                     turns = [(side, profile) for profile in self.plan.profiles for side in order]
                     for side, profile in turns:
                         self._turn(urls[side], side, profile, turn, step)
@@ -170,20 +172,20 @@ class Comparison:
     def _turn(self, url: str, side: str, profile: str, turn: int, step: Callable[[str], None]) -> None:
         """One side's round of one profile: its latencies at the common rate, and its saturation rate."""
         name = f"round {turn + 1}/{self.plan.rounds}, {profile}: {side}"
-        settings = replace(self.plan.settings, workload=profile)
+        load = replace(self.plan.load, workload=profile)
         served = 0.0
         if (side, profile) not in self.warm:
             step(f"{name} warms up")
             self.warm.add((side, profile))
-            served, token_seconds = warm_up(url, settings, next(self.texts))
+            served, token_seconds = warm_up(url, replace(load, seed=next(self.texts)))
             self.paces[side, profile] = Pace(token_seconds)
         held, failed = 0.0, math.inf
 
         def measured(rate: float, kind: Literal["search", "level"]) -> bool:
             step(f"{name} at {rate:.3g} requests/s")
-            seed = self.plan.seed + 1000 * (turn + 1)
-            asked = settings, self.plan.objective, rate, seed, next(self.texts)
-            done = self.paces[side, profile].run(url, *asked)
+            seed = self.plan.load.seed + 1000 * (turn + 1)
+            asked = replace(load, rate=rate, seed=seed, text_seed=next(self.texts))
+            done = self.paces[side, profile].run(url, asked, self.plan.objective)
             if kind == "level":
                 self.level_answers.setdefault((profile, side), []).extend(done.measured)
             if self.plan.prometheus:
@@ -255,7 +257,7 @@ def ratios(results: Results, profile: str) -> dict[str, Ratio]:
     plan = results.plan
     confidence = 1 - (1 - CONFIDENCE) / len(plan.profiles)  # each profile has a verdict, and all are to be right
     found = results.saturation[profile]
-    rows = {"goodput_ratio": ratio(found["A"], found["B"], plan.tolerance, confidence, plan.seed)}
+    rows = {"goodput_ratio": ratio(found["A"], found["B"], plan.tolerance, confidence, plan.load.seed)}
     levels = {
         side: [
             point
@@ -268,14 +270,14 @@ def ratios(results: Results, profile: str) -> dict[str, Ratio]:
     for name in ("ttft", "itl", "tpot", "latency"):
         for place, quantile in enumerate(("p50", "p95")):
             pair = [[getattr(point.figures, name)[place] for point in levels[side]] for side in SIDES]
-            each = ratio(pair[0], pair[1], seed=plan.seed)
+            each = ratio(pair[0], pair[1], seed=plan.load.seed)
             if each.rounds:
                 rows[f"{name}_{quantile}_ratio"] = each
     if all(point.kv_cache_usage > 0 for side in SIDES for point in levels[side]):
         pair = [[point.kv_cache_usage for point in levels[side]] for side in SIDES]
-        rows["kv_cache_usage_ratio"] = ratio(pair[0], pair[1], seed=plan.seed)
+        rows["kv_cache_usage_ratio"] = ratio(pair[0], pair[1], seed=plan.load.seed)
     best = {side: [_best(results, profile, side, turn) for turn in range(plan.rounds)] for side in SIDES}
-    rows["tokens_per_second_ratio"] = ratio(best["A"], best["B"], plan.tolerance, seed=plan.seed)
+    rows["tokens_per_second_ratio"] = ratio(best["A"], best["B"], plan.tolerance, seed=plan.load.seed)
     if all(results.capacity.get(side) for side in SIDES):
         capacity = results.capacity["B"] / results.capacity["A"]
         rows["kv_capacity_ratio"] = Ratio(capacity, capacity, capacity, 1)

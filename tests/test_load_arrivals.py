@@ -5,6 +5,7 @@ import itertools
 import json
 import sys
 import time
+from dataclasses import replace
 
 import httpx
 import numpy as np
@@ -12,8 +13,9 @@ import pytest
 
 from loadtests.answer import CUT, Objective, read_answers
 from loadtests.arrivals import schedule
-from loadtests.run import Settings, locust, run, warm_up
+from loadtests.run import locust, run, warm_up
 from loadtests.saturation import saturate
+from loadtests.settings import Load
 from vllm_ext.process import free_port, running
 
 SLOTS, FIRST, GAP, TOKENS = 4, 0.1, 0.02, 6
@@ -68,28 +70,28 @@ def test_open_loop_above_capacity_shows_the_whole_queueing_delay(url, tmp_path):
 @pytest.mark.slow
 def test_saturation_search_finds_the_knee_of_a_server(url):
     """Above its capacity the queue grows, and 0.2 s of delay are soon reached."""
-    settings = Settings(scale=0.05, arrival="constant", warmup=1, duration=7)
+    load = Load(scale=0.05, arrival="constant", warmup=1, duration=7)
     objective = Objective(ttft=FIRST + 0.2, itl=0.5)
     seeds = itertools.count()
 
     def holds(rate):
-        return run(url, settings, objective, rate, next(seeds)).figures.held(objective)
+        return run(url, replace(load, rate=rate, seed=next(seeds)), objective).figures.held(objective)
 
     assert saturate(holds, CAPACITY * 0.8, tolerance=0.03, factor=1.4) == pytest.approx(CAPACITY, rel=0.05)
 
 
 def test_over_saturation_is_given_up_early(url):
-    settings = Settings(scale=0.05, warmup=0, duration=30)
-    found = run(url, settings, Objective(ttft=0.3, itl=0.5), 3 * CAPACITY, 0).figures
+    load = Load(scale=0.05, warmup=0, duration=30)
+    found = run(url, replace(load, rate=3 * CAPACITY), Objective(ttft=0.3, itl=0.5)).figures
     assert found.given_up
     assert found.seconds < 10
 
 
 def test_a_run_begins_amidst_requests_and_is_cut_at_its_end(url):
     """Two of four slots are held by answers in their middle; what is sent last has its time for a first token."""
-    settings = Settings(scale=0.05, arrival="constant", warmup=1, duration=3, cut=True)
+    load = Load(scale=0.05, arrival="constant", warmup=1, duration=3, cut=True)
     start = time.time()
-    found = run(url, settings, Objective(ttft=0.5, itl=0.5), 5, 0, text_seed=1, under_way=2)
+    found = run(url, replace(load, rate=5, text_seed=1, under_way=2), Objective(ttft=0.5, itl=0.5))
     assert time.time() - start < 60
     assert (found.figures.requests, found.figures.good, found.figures.errors) == (15, 1.0, {})
     amidst = [answer for answer in found.answers if "--" in answer.id]
@@ -102,8 +104,8 @@ def test_a_run_begins_amidst_requests_and_is_cut_at_its_end(url):
 
 def test_a_run_leaves_no_queue_of_requests_it_begins_amidst(url):
     """Of more than the server has slots for, those that have not begun when a first token is due are ended."""
-    settings = Settings(scale=0.05, arrival="constant", warmup=0, duration=1, cut=True)
-    found = run(url, settings, Objective(ttft=0.3, itl=0.5), 5, 0, under_way=40)
+    load = Load(scale=0.05, arrival="constant", warmup=0, duration=1, cut=True)
+    found = run(url, replace(load, rate=5, under_way=40), Objective(ttft=0.3, itl=0.5))
     amidst = [answer for answer in found.answers if "--" in answer.id]
     assert found.start - min(answer.intended for answer in amidst) == pytest.approx(0.3, abs=0.15)
     assert 4 <= sum(bool(answer.times) for answer in amidst) < 40
@@ -114,10 +116,10 @@ def test_a_rate_above_capacity_does_not_hold_though_its_run_is_too_short_for_a_q
     """Four slots give 200 tokens a second: 21 answers, of which 10 a second are served and 32 are not."""
     port = free_port()
     shape = ["--slots", "4", "--first", "0.02", "--gap", "0.02"]
-    settings = Settings(scale=0.05, arrival="constant", warmup=0.5, duration=1.5, cut=True)
+    load = Load(scale=0.05, arrival="constant", warmup=0.5, duration=1.5, cut=True)
     objective = Objective(ttft=6, itl=0.5)  # later than any first token here: nothing but the tokens tells
     with running([sys.executable, "-m", "tests.token_server", str(port), *shape], port) as url:
-        found = {rate: run(url, settings, objective, rate, 0, under_way=2).figures for rate in (10, 32)}
+        found = {rate: run(url, replace(load, rate=rate, under_way=2), objective).figures for rate in (10, 32)}
     assert {rate: (each.good, each.held(objective)) for rate, each in found.items()} == {
         10: (1.0, True),
         32: (1.0, False),
@@ -129,7 +131,7 @@ def test_the_first_guess_counts_prompts_whose_answers_have_not_ended():
     port = free_port()
     shape = ["--slots", "4", "--first", "0.1", "--gap", "60", "--tokens", "6"]
     with running([sys.executable, "-m", "tests.token_server", str(port), *shape], port) as url:
-        served, _ = warm_up(url, Settings(workload="rag", warmup=0, duration=2), 0)
+        served, _ = warm_up(url, Load(workload="rag", warmup=0, duration=2))
     assert served == pytest.approx(4 / 2, rel=0.4)  # of the four prompts each has any length from 1,024 to 3,072
 
 

@@ -89,6 +89,7 @@ def test_locusts_own_rows(url, tmp_path):
     chat = ["--api", "chat", "--workload", "mixed", "--scale", "0.05", "--run-time", "4s"]
     done = subprocess.run([*command, *files, *chat], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+    assert "HTTP Request" not in done.stderr  # httpx would have a line for each
     rows = {row["method"]: row for row in json.loads((tmp_path / "run.json").read_text())}
     assert set(rows) == {"POST", "TTFT", "ITL", "TPOT", "tokens in", "tokens out"}
     assert {row["name"] for row in rows.values()} == {"/v1/chat/completions mixed"}

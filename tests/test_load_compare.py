@@ -28,7 +28,7 @@ def url():
 def compared(url, tmp_path_factory):
     """A beside A, with one requirement that is met and one that is not."""
     out = tmp_path_factory.mktemp("compared")
-    work = ["--profile", "chat", "--scale", "0.05", "--arrival", "constant", "--ttft", "0.3", "--itl", "0.5"]
+    work = ["--workload", "chat", "--scale", "0.05", "--arrival", "constant", "--ttft", "0.3", "--itl", "0.5"]
     times = ["--warmup", "0.5", "--duration", "2", "--rounds", "2", "--start", "16", "--tolerance", "0.5"]
     required = ["--require", "goodput_ratio>=2", "--require", "goodput_ratio>=0.5"]
     command = [*COMMAND, "compare", url, url, "--out", str(out), *work, *times, *required]
@@ -99,11 +99,11 @@ def refused(*arguments):
     ("options", "message"),
     [
         (["--require", "goodput>=1"], "require 'goodput>=1': write NAME>=NUMBER"),
-        (["--profile", "talk"], "profile 'talk': take one of chat"),
+        (["--workload", "talk"], "profile 'talk': take one of chat"),
         (["--ttft", "0"], "both must be above 0"),
         (["--goodput", "2"], "goodput 2: it is a part"),
         (["--arrival", "closed"], "arrival 'closed': take constant, poisson or bursts"),
-        (["--duration", "0"], "--duration 0"),
+        (["--duration", "0"], "duration 0"),
         (["--tolerance", "0"], "tolerance 0"),
         (["--prometheus", "http://127.0.0.1:9"], "prometheus http://127.0.0.1:9: "),
     ],

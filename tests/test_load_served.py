@@ -135,7 +135,7 @@ def prometheus(folder, instance: str):
             process.wait(30)
 
 
-SHORT = ["--profile", "chat", "--scale", "0.1", "--rounds", "1", "--ttft", "2", "--itl", "1", "--start", "6"]
+SHORT = ["--workload", "chat", "--scale", "0.1", "--rounds", "1", "--ttft", "2", "--itl", "1", "--start", "6"]
 SHORT += ["--warmup", "0.5", "--duration", "2", "--tolerance", "1"]
 
 

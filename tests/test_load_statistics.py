@@ -9,8 +9,8 @@ import pytest
 from loadtests.answer import CUT, GIVEN_UP, Answer, Objective
 from loadtests.compare import SIDES, Comparison, Plan
 from loadtests.requirements import Requirement
-from loadtests.run import Settings
 from loadtests.saturation import saturate
+from loadtests.settings import Load
 from loadtests.statistics import Ratio, figures, ratio
 
 OBJECTIVE = Objective(ttft=1.0, itl=0.1)
@@ -65,7 +65,7 @@ def test_searches_of_equal_things_find_no_difference(noise):
     dice = np.random.default_rng(1)
 
     def differs(gain, seed):
-        plan = Plan(("chat",), OBJECTIVE, Settings(), 3, 0.15, start=float(dice.uniform(0.3, 3)), seed=seed)
+        plan = Plan(("chat",), OBJECTIVE, Load(seed=seed), 3, 0.15, start=float(dice.uniform(0.3, 3)))
         knees = [{"A": math.exp(dice.normal(0, noise)), "B": gain * math.exp(dice.normal(0, noise))} for _ in range(3)]
         return searched(plan, knees).differs
 

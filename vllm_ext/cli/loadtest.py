@@ -1,20 +1,19 @@
 """`vllm-ext loadtest`: load tests that settle arguments; they are in `loadtests/`, which speaks HTTP only.
 
-Locust, which patches the process that imports it, runs in one of its own.
+Locust, which patches the process that imports it, runs in one of its own. Options are those that `loadtests` declares,
+read by its own parser, so that Locust's command line and this one have the same.
 """
 
 import contextlib
-import functools
-import inspect
 import itertools
 import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -22,163 +21,106 @@ from vllm_ext.cli.options import errors
 from vllm_ext.errors import UsageError
 
 if TYPE_CHECKING:
-    from loadtests.answer import Objective
-    from loadtests.run import Settings
+    from loadtests.options import Parser
 
 app = typer.Typer(no_args_is_help=True, help="Load tests: what serves more within the same latency promise?")
 MAX_URL_SECONDS = 10
 URL = ("http://", "https://")
+UNREAD = {"allow_extra_args": True, "ignore_unknown_options": True}
+OF_A_RUN = ("workload", "model", "prompts", "arrival", "rate", "trace", "burst", "under_way", "text_seed")
+"""What a search settles for each run, or the command's own options do."""
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What is promised and how runs ask: the options that `saturate` and `compare` share."""
-
-    ttft: Annotated[float, typer.Option(help="The promise: seconds to the first token, for 95% of requests.")] = 2.0
-    itl: Annotated[float, typer.Option(help="The promise: seconds between chunks of tokens, for 95% of them.")] = 0.2
-    goodput: Annotated[float, typer.Option(help="The part of requests that must be answered within the promise.")] = (
-        0.95
-    )
-    scale: Annotated[float, typer.Option(help="Multiplies all lengths, for small models and machines.")] = 1.0
-    api: Annotated[str, typer.Option(help="completions, with token ids, or chat, with words of a token each.")] = (
-        "completions"
-    )
-    arrival: Annotated[str, typer.Option(help="poisson, constant or bursts.")] = "poisson"
-    warmup: Annotated[float, typer.Option(help="Seconds of each run that are discarded.")] = 5.0
-    duration: Annotated[float, typer.Option(help="Seconds of requests that each run measures.")] = 30.0
-    cut: Annotated[
-        bool, typer.Option("--cut", help="End runs with these seconds; long answers are judged by what has come.")
-    ] = False
-    tolerance: Annotated[float, typer.Option(help="How closely the highest rate is found, as a part of it.")] = 0.1
-    start: Annotated[float | None, typer.Option(help="The first rate to try, requests/s; by default found.")] = None
-    seed: Annotated[int, typer.Option(help="For prompts, lengths and arrivals.")] = 0
-    vocab_size: Annotated[int, typer.Option(help="Prompts' token ids are drawn below it.")] = 32_000
-    tokenizer: Annotated[str, typer.Option(help="A tokenizer's folder, for chat, if a server has no /tokenize.")] = ""
-
-    def checked(self, profiles: Sequence[str]) -> "tuple[Objective, Settings]":
-        """The promise and how runs ask.
-
-        Raises:
-            ValueError: for what cannot be.
-
-        """
-        from loadtests.answer import Objective
-        from loadtests.arrivals import schedule
-        from loadtests.run import Settings
-        from loadtests.workloads import Texts, Workload
-
-        for each in profiles:
-            Workload(each, "", self.api, scale=self.scale, vocab_size=self.vocab_size, texts=Texts())
-        schedule(self.arrival, 1.0)
-        if not (self.duration > 0 and self.warmup >= 0):
-            raise UsageError(f"--duration {self.duration:g} --warmup {self.warmup:g}: seconds above 0, and not below 0")
-        shared = {each.name for each in fields(Settings)} & {each.name for each in fields(self)}
-        settings = Settings(profiles[0], **{name: getattr(self, name) for name in shared})
-        return Objective(self.ttft, self.itl, self.goodput), settings
-
-
-def _asking(command: Callable[..., None]) -> Callable[..., None]:
-    """Give `command` the options of `Asked` in place of its parameter of that name; typer reads the signature."""
-    shared = inspect.signature(Asked).parameters
-    own = [each for name, each in inspect.signature(command).parameters.items() if name != "asked"]
-
-    @functools.wraps(command)
-    def spread(**given: Any) -> None:
-        command(asked=Asked(**{name: given.pop(name) for name in shared}), **given)
-
-    parameters = [*own, *shared.values()]
-    spread.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    spread.__annotations__ = {each.name: each.annotation for each in parameters}
-    return spread
-
-
-@app.command("saturate")
-@_asking
-def saturate(
-    asked: Asked,
-    url: Annotated[str, typer.Argument(help="An OpenAI-compatible server's URL.")],
-    workload: Annotated[str, typer.Option("--profile", help="What is asked; see compare.")] = "chat",
-) -> None:
-    """Find the highest rate, in requests a second, at which a server keeps the promise, and print it."""
+@app.command("saturate", context_settings=UNREAD, add_help_option=False)
+def saturate(context: typer.Context) -> None:
+    """Find the highest rate, in requests a second, at which a server keeps a promise, and print it."""
+    from loadtests.answer import Objective
+    from loadtests.compare import Plan
+    from loadtests.options import add_options, read_options
     from loadtests.run import Pace, warm_up
     from loadtests.saturation import saturate as search
+    from loadtests.settings import Load
 
     with _refusing():
-        objective, settings = asked.checked((workload,))
-        texts = itertools.count(asked.seed)
+        parser = _parser("saturate", saturate.__doc__)
+        parser.add_argument("url", help="An OpenAI-compatible server's URL.")
+        add_options(parser, Load, set(OF_A_RUN) - {"workload"})
+        add_options(parser, Objective)
+        add_options(parser, Plan, ("rounds", "in_turn", "prometheus"))
+        given = parser.parse_args(context.args)
+        load, objective = read_options(given, Load), read_options(given, Objective)
+        plan = read_options(given, Plan, profiles=(load.workload,), objective=objective, load=load)
+        texts = itertools.count(load.seed)
         with errors.status("warms up"):
-            served, token_seconds = warm_up(url, settings, next(texts))
+            served, token_seconds = warm_up(given.url, replace(load, seed=next(texts)))
         pace = Pace(token_seconds)
 
         def holds(rate: float) -> bool:
             with errors.status(f"{rate:.4g} requests/s"):
-                found = pace.run(url, settings, objective, rate, asked.seed, next(texts)).figures
+                found = pace.run(given.url, replace(load, rate=rate, text_seed=next(texts)), objective).figures
             why = "ended early" if found.given_up else "steady" if found.steady else "not steady"
             errors.print(f"{rate:.4g} requests/s: {found.good:.3f} within the promise, {why}")
             return found.held(objective)
 
-        print(f"{search(holds, asked.start or served, asked.tolerance):.4g}")
+        print(f"{search(holds, plan.start or served, plan.tolerance):.4g}")
 
 
-@app.command("compare", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-@_asking
-def compare(
-    asked: Asked,
-    context: typer.Context,
-    a: Annotated[str, typer.Argument(help="The baseline: a URL, or 'MODEL [options of vllm-ext serve]' to start.")],
-    b: Annotated[str, typer.Argument(help="What is compared with it: the same.")],
-    out: Annotated[Path, typer.Option(help="The folder for report.html, report.json and junit.xml.")] = Path(
-        "loadtest"
-    ),
-    profile: Annotated[
-        list[str] | None,
-        typer.Option(help="chat, rag, summarise, generate, longcontext, sharedprefix, mixed; by default chat and rag."),
-    ] = None,
-    require: Annotated[
-        list[str] | None,
-        typer.Option(help="A threshold that exits with 1 when missed: goodput_ratio>=1.2, chat:ttft_p95_ratio<=1."),
-    ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="How often both are measured; two at least tell chance.")] = 3,
-    in_turn: Annotated[
-        bool, typer.Option("--in-turn", help="Start each server for its turn alone, where both do not fit.")
-    ] = False,
-    prometheus: Annotated[
-        str, typer.Option(help="A Prometheus that scrapes both, to take metrics from; by default they are scraped.")
-    ] = "",
-) -> None:
-    """Measure how many more requests B serves than A within the same latency promise; other options go to servers.
+@app.command("compare", context_settings=UNREAD, add_help_option=False)
+def compare(context: typer.Context) -> None:
+    """Measure how many more requests B serves than A within the same latency promise.
 
-    Exits with 1 where a --require is not met.
+    Options that are none of these go to the servers that it starts. Exits with 1 where a --require is not met.
     """
+    from loadtests.answer import Objective
     from loadtests.compare import SIDES, Comparison, Plan, Results, ratios, verdict
+    from loadtests.options import add_options, read_options
     from loadtests.report import write
     from loadtests.requirements import Requirement
+    from loadtests.settings import Load
+    from loadtests.workloads import NAMES
     from vllm_ext.progress import progress
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers it started end with it
-    profiles = tuple(profile or ("chat", "rag"))
     with _refusing():
-        objective, settings = asked.checked(profiles)
-        searched = asked.tolerance, asked.start, asked.seed
-        plan = Plan(profiles, objective, settings, rounds, *searched, not in_turn, prometheus)
-        requirements = [Requirement.parse(text, profiles) for text in require or []]
-        if prometheus and not all(each.startswith(URL) for each in (a, b)):
+        parser = _parser("compare", compare.__doc__)
+        parser.add_argument("a", help="The baseline: a URL, or 'MODEL [options of vllm-ext serve]' to start.")
+        parser.add_argument("b", help="What is compared with it: the same.")
+        parser.add_argument("--out", type=Path, default=Path("loadtest"), metavar="FOLDER", help="Where the report "
+            "goes: report.html, report.json and junit.xml. Default: loadtest.")  # fmt: skip
+        parser.add_argument("--workload", action="append", metavar="NAME", help="What is asked, of "
+            f"{', '.join(NAMES)}; may be repeated. Default: chat and rag.")  # fmt: skip
+        parser.add_argument("--require", action="append", default=[], metavar="THRESHOLD", help="What exits with 1 "
+            "when missed: goodput_ratio>=1.2, chat:ttft_p95_ratio<=1; may be repeated.")  # fmt: skip
+        add_options(parser, Load, set(OF_A_RUN) - {"arrival", "prompts"})
+        add_options(parser, Objective)
+        add_options(parser, Plan)
+        given, for_servers = parser.parse_known_args(context.args)
+        given.workload = profiles = tuple(given.workload or ("chat", "rag"))
+        load, objective = read_options(given, Load, workload=profiles[0]), read_options(given, Objective)
+        plan = read_options(given, Plan, profiles=profiles, objective=objective, load=load)
+        requirements = [Requirement.parse(text, profiles) for text in given.require]
+        urls = [each for each in (given.a, given.b) if each.startswith(URL)]
+        if for_servers and len(urls) == 2:
+            raise UsageError(f"{for_servers[0]}: no option of compare, which starts no server here; see --help")
+        if plan.prometheus and len(urls) < 2:
             raise UsageError("--prometheus: it cannot scrape servers that are yet to start; give both sides as URLs")
-        sides = dict(zip(SIDES, (_side(each, context.args) for each in (a, b)), strict=True))
-        _make(out)
-        errors.print(f"report: {out.resolve() / 'report.html'}, when done")
+        sides = dict(zip(SIDES, (_side(each, for_servers) for each in (given.a, given.b)), strict=True))
+        _make(given.out)
+        errors.print(f"report: {given.out.resolve() / 'report.html'}, when done")
         with progress() as bar:
-            task = bar.add_task("", total=rounds * len(profiles) * 2)
+            task = bar.add_task("", total=plan.rounds * len(profiles) * 2)
 
             def step(text: str) -> None:
                 bar.update(task, description=text, completed=comparison.turns)
 
-            described = {side: shlex.join([each, *context.args]) for side, each in zip(SIDES, (a, b), strict=True)}
+            described = {
+                side: shlex.join([each, *for_servers]) for side, each in zip(SIDES, (given.a, given.b), strict=True)
+            }
             command = shlex.join(["vllm-ext", *sys.argv[1:]])
             missed: list[str] = []
 
             def save(results: Results) -> None:
-                missed[:] = write(results, out, requirements, command)
+                missed[:] = write(results, given.out, requirements, command)
 
             comparison = Comparison(plan, sides, described)
             results = comparison.measure(step, save)
@@ -186,8 +128,14 @@ def compare(
         print(verdict(results, each, ratios(results, each)))
     for text in missed:
         errors.print(f"not met: {text}", markup=False)
-    print(out.resolve() / "report.html")
+    print(given.out.resolve() / "report.html")
     raise typer.Exit(1 if missed else 0)
+
+
+def _parser(command: str, text: str | None) -> "Parser":
+    from loadtests.options import Parser
+
+    return Parser(prog=f"vllm-ext loadtest {command}", description=text)
 
 
 @contextlib.contextmanager
