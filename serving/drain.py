@@ -7,8 +7,13 @@ server processes. So the signal is held back until every answer is sent, or the 
 import asyncio
 import logging
 import signal
+from http import HTTPStatus
 from types import FrameType
 
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serving.errors import Refused
+from serving.metrics import HttpMetrics
 from serving.stopping import stopping
 
 logger = logging.getLogger("vllm.vllm_ext")
@@ -28,12 +33,11 @@ class Drain:
         self.in_flight: set[asyncio.Task[None]] = set()
         self._task: asyncio.Task[None] | None = None
 
-    def install(self, seconds: float) -> None:
+    def install(self) -> None:
         """Take SIGTERM from vLLM; call it in the event loop, after vLLM has set its own handlers.
 
         SIGINT stays vLLM's, does there what SIGTERM did, and is how vLLM is told in the end.
         """
-        self.seconds = seconds
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._begin)
         vllms = signal.getsignal(signal.SIGINT)
 
@@ -66,3 +70,36 @@ class Drain:
 
 
 drain = Drain()
+
+
+class Draining:
+    """Keeps count of what was accepted, and refuses what comes while the server drains."""
+
+    def __init__(self, app: ASGIApp, drain: Drain, metrics: HttpMetrics) -> None:
+        self.app, self.drain, self.metrics = app, drain, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI has it."""
+        if self.drain.draining:
+            message = "this server is stopping; ask another"
+            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "draining", message, close=True)
+        task, started = asyncio.current_task(), False
+        assert task is not None
+
+        async def send_noting(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        self.drain.in_flight.add(task)
+        self.metrics.in_flight(1)
+        try:
+            await self.app(scope, receive, send_noting)
+        except asyncio.CancelledError:
+            if not self.drain.expired or started:
+                raise
+            message = "this server stopped before the answer was complete; ask another"
+            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "draining", message, close=True) from None
+        finally:
+            self.metrics.in_flight(-1)
+            self.drain.in_flight.discard(task)

@@ -1,20 +1,60 @@
-"""What a request may ask for: `n`, output tokens and prompt tokens, checked on its body before vLLM sees it.
+"""What a request may ask for: the bytes of its body, `n`, output tokens and prompt tokens, before vLLM sees it.
 
-The same rules hold on every route, since all of them name these things alike.
+The same rules hold on every route, since all of them name these things alike. A body is read ahead only where a limit
+asks for what is in it, or where nothing states its length.
 """
 
 import json
 import math
 from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
-from serving.errors import Refused
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from serving.errors import Reason, Refused
+from serving.request import Body, path_of, too_large
 from serving.settings import ServerSettings
 
 OUTPUT_TOKENS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+METHODS = ("POST", "PUT", "PATCH")
+TOKENIZERS = ("/tokenize", "/detokenize")
 CountTokens = Callable[[dict[str, Any]], Awaitable[int]]
 """Counts the tokens of what /tokenize takes."""
+
+
+class Limits:
+    """Refuses what is over a limit; `count` counts a prompt's tokens for the request of a scope."""
+
+    def __init__(
+        self, app: ASGIApp, settings: ServerSettings, count: Callable[[Scope, dict[str, Any]], Awaitable[int]]
+    ) -> None:
+        self.app, self.settings, self.count = app, settings, count
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI has it."""
+        headers, limit = Headers(scope=scope), self.settings.max_body_bytes
+        length = headers.get("content-length", "0")
+        if length.isdecimal() and int(length) > limit:
+            raise too_large(limit)
+        # Of what is no JSON, as a file that is handed up, no limit asks anything.
+        asked = self.settings.of_content and scope["method"] in METHODS
+        asked = asked and not headers.get("content-type", "").startswith("multipart/")
+        if asked or "transfer-encoding" in headers:
+            receive = Body(receive)
+            content = await receive.read(limit)
+            if asked and content:
+                await self._check(scope, content)
+        await self.app(scope, receive, send)
+
+    async def _check(self, scope: Scope, content: bytes) -> None:
+        body = parse(content)
+        check(body, self.settings)
+        limit = self.settings.max_prompt_tokens
+        if limit is not None and path_of(scope) not in TOKENIZERS:
+            await check_prompt(body, limit, partial(self.count, scope))
 
 
 def parse(content: bytes) -> Any:
@@ -46,7 +86,7 @@ def check(body: Any, settings: ServerSettings) -> None:
             for name in names:
                 asked = _number(part.get(name))
                 if limit is not None and asked > limit:
-                    reason = "n" if name in ("n", "best_of") else "output_tokens"
+                    reason: Reason = "n" if name in ("n", "best_of") else "output_tokens"
                     message = f"{name} is {part[name]}, and this server allows at most {limit} ({option})"
                     raise Refused(HTTPStatus.BAD_REQUEST, reason, message, name)
 

@@ -4,27 +4,20 @@ The id is put on the record itself, so that JSON lines have it as `request_id`; 
 """
 
 import logging
-from contextvars import ContextVar
-from typing import Any
 
+from asgi_correlation_id import correlation_id
 from pythonjsonlogger.json import JsonFormatter
-
-request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
 LOGGERS = ("vllm", "uvicorn", "uvicorn.error", "uvicorn.access")
 
 
-class _RecordFactory:
-    """Makes records as `factory` does, with the id of the request that is being served."""
+class _RequestId(logging.Filter):
+    """Puts the id of the request that is being served on a record."""
 
-    def __init__(self, factory: Any) -> None:
-        self.factory = factory
-
-    def __call__(self, *args: Any, **kwargs: Any) -> logging.LogRecord:
-        record: logging.LogRecord = self.factory(*args, **kwargs)
-        if (value := request_id.get()) is not None:
+    def filter(self, record: logging.LogRecord) -> bool:
+        if (value := correlation_id.get()) is not None:
             record.request_id = value
-        return record
+        return True
 
 
 class _WithRequestId(logging.Formatter):
@@ -41,9 +34,7 @@ class _WithRequestId(logging.Formatter):
 
 def install() -> None:
     """Put ids on the lines of vLLM's and uvicorn's loggers; call it once both are configured."""
-    factory = logging.getLogRecordFactory()
-    if not isinstance(factory, _RecordFactory):
-        logging.setLogRecordFactory(_RecordFactory(factory))
     for handler in {handler for name in LOGGERS for handler in logging.getLogger(name).handlers}:
-        if handler.formatter is not None and not isinstance(handler.formatter, JsonFormatter | _WithRequestId):
+        handler.addFilter(_RequestId())
+        if handler.formatter is not None and not isinstance(handler.formatter, JsonFormatter):
             handler.setFormatter(_WithRequestId(handler.formatter))

@@ -15,6 +15,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
 from model_executors.attention_plan import KINDS
+from serving.errors import REASONS, Reason
 from serving.plan import PlanReport, plan_of
 
 LABELS = ("model_name", "engine")
@@ -143,6 +144,8 @@ class HttpMetrics:
             "model_name",
             "reason",
         )
+        for reason in REASONS:
+            self._rejected.labels(model_name, reason)  # so that each has its row before the first
 
     def _live(self, name: str, documentation: str) -> Gauge:
         """Over the processes that live."""
@@ -156,6 +159,6 @@ class HttpMetrics:
         """One more, or one less."""
         self._in_flight.inc(change)
 
-    def rejected(self, reason: str) -> None:
-        """Count one; `reason` is one of a few words."""
+    def rejected(self, reason: Reason) -> None:
+        """Count one."""
         self._rejected.labels(self.model_name, reason).inc()

@@ -23,6 +23,11 @@ class ServerSettings(BaseModel):
     own_metrics_port: bool = False
     """Whether /metrics is served on a port of its own, and so not on the main one."""
 
+    @property
+    def of_content(self) -> bool:
+        """Whether a limit asks for what is in a body."""
+        return any(limit is not None for limit in (self.max_n, self.max_output_tokens, self.max_prompt_tokens))
+
     def shared_by(self, processes: int) -> "ServerSettings":
         """One process's part of what is counted in each process by itself; each gets at least one."""
         if self.max_concurrent_requests is None or processes == 1:

@@ -84,7 +84,7 @@ def test_asks_tokenize_as_a_client_that_stays():
     from fastapi import FastAPI, Request
     from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 
-    from serving.middleware import count_tokens
+    from serving.tokens import count_tokens
 
     app = FastAPI()
 

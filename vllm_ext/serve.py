@@ -27,7 +27,7 @@ from vllm_ext.versions import PLUGIN, vllm_problem
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8000  # vLLM's own
-MIDDLEWARE = "serving.middleware.RequestGuard"
+MIDDLEWARE = "serving.middleware.Endpoint"
 # Plugins of these groups load unless VLLM_PLUGINS leaves them out; endpoints load only where it names them.
 DEFAULT_GROUPS = ("general", "io_processor", "platform", "stat_logger")
 PICKLED_FORMATS = ("pt", "npcache")  # vLLM's names for weights that are read with pickle
@@ -163,6 +163,7 @@ def apply(endpoint: Endpoint, args: argparse.Namespace) -> None:
     settings = endpoint.settings.model_copy(update={"own_metrics_port": endpoint.metrics_port is not None})
     setattr(args, ARGUMENT, settings)
     args.middleware = [*args.middleware, MIDDLEWARE]
+    args.enable_request_id_headers = False  # ours are always on
     if settings.max_output_tokens is not None:  # for requests that name no number
         overrides = {"max_new_tokens": settings.max_output_tokens}
         args.override_generation_config = overrides | (args.override_generation_config or {})
