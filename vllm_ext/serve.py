@@ -45,9 +45,7 @@ class Endpoint:
     """Whether code from the checkpoint may be run, and pickled weights read."""
 
 
-def serve(
-    served: Served, vllm_args: Sequence[str], words: Path | None = None, endpoint: Endpoint | None = None
-) -> None:
+def serve(served: Served, vllm_args: Sequence[str], endpoint: Endpoint | None = None) -> None:
     """Serve in the foreground until stopped.
 
     Raises:
@@ -58,10 +56,6 @@ def serve(
     endpoint = endpoint or Endpoint(ServerSettings())
     keys = read_keys(endpoint.api_key_file)
     overrides = served.hf_overrides()
-    if words is not None:
-        from vllm_ext.heads.words import speculation, with_words
-
-        overrides = with_words(served.checkpoint, overrides, words)
     check_listening(vllm_args)
     if problem := vllm_problem():
         raise UsageError(problem)
@@ -84,10 +78,6 @@ def serve(
         if callable(args.hf_overrides):
             raise UsageError("--hf-overrides beside a plan must be a JSON object")
         args.hf_overrides = {**(args.hf_overrides or {}), **overrides}
-    if words is not None:
-        if args.speculative_config:
-            raise UsageError(f"--words {words}: it offers drafts itself; drop --speculative-config, or --words")
-        args.speculative_config = speculation()
     if not args.uds:
         args.host = args.host or DEFAULT_HOST  # vLLM would listen on every interface
     args.api_key = keys or None

@@ -139,19 +139,14 @@ def rescore(scores: torch.Tensor, shortlist: int, exact: Callable[[torch.Tensor]
 
 def slots_of(spellings: Sequence[Sequence[int]], places: int) -> tuple[torch.Tensor, tuple[int, ...]]:
     """`spellings` `[vocab_size, places]` in slots, from those in symbols, and how many slots each place has."""
-    slots = slots_by_symbol(spellings, places)
+    used = [sorted({spelled[place] for spelled in spellings if len(spelled) > place}) for place in range(places)]
+    used = [symbols for symbols in used if symbols]
+    starts = torch.tensor([0, *map(len, used)]).cumsum(0).tolist()
+    slots = [
+        {symbol: start + i for i, symbol in enumerate(symbols)}
+        for start, symbols in zip(starts[:-1], used, strict=True)
+    ]
     found = torch.full((len(spellings), len(slots)), PAD, dtype=torch.int16)
     for row, spelled in zip(found, spellings, strict=True):
         row[: len(spelled)] = torch.tensor([slots[place][symbol] for place, symbol in enumerate(spelled)])
     return found, tuple(map(len, slots))
-
-
-def slots_by_symbol(spellings: Sequence[Sequence[int]], places: int) -> list[dict[int, int]]:
-    """Each place's slots, by the symbols that some token has there."""
-    used = [sorted({spelled[place] for spelled in spellings if len(spelled) > place}) for place in range(places)]
-    used = [symbols for symbols in used if symbols]
-    starts = torch.tensor([0, *map(len, used)]).cumsum(0).tolist()
-    return [
-        {symbol: start + i for i, symbol in enumerate(symbols)}
-        for start, symbols in zip(starts[:-1], used, strict=True)
-    ]

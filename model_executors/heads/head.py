@@ -13,13 +13,11 @@ from typing import ClassVar
 import torch
 from torch import nn
 from vllm.config import VllmConfig
-from vllm.forward_context import get_forward_context
 
 from model_executors.heads.character_head import CharacterHead, rescore
 from model_executors.heads.exact_rows import ExactRows
 from model_executors.heads.head_metrics import HeadMetrics
 from model_executors.heads.head_plan import HeadPlan, head_tensor_name
-from model_executors.heads.spelled_rows import spelled_rows
 
 StockHead = Callable[[torch.Tensor], torch.Tensor | None]
 """`[rows, hidden_size]` to `[rows, vocab_size]`; None on a tensor-parallel rank that does not sample."""
@@ -48,7 +46,6 @@ class SpellingHead(nn.Module):
         self.heads = CharacterHead(shape, config.dtype)
         self.threshold = plan.threshold
         self.metrics = HeadMetrics(str(config.served_model_name))
-        self.rows = spelled_rows(vllm_config.instance_id) if plan.words else None
 
     @property
     def tensors(self) -> dict[str, nn.Parameter]:
@@ -61,24 +58,13 @@ class SpellingHead(nn.Module):
         if self.compiles and not self.ngrams and self.heads.weight.device.type == "cpu":
             self.heads.spelling.compile_sums()  # vLLM's n-gram proposer has numba's threads to itself
 
-    def begin(self) -> None:
-        """To be called in every forward pass of the model, whose metadata tell how far each request is."""
-        if self.rows is not None:
-            metadata = get_forward_context().attn_metadata
-            first = next(iter(metadata.values())) if isinstance(metadata, dict) and metadata else None
-            ends = getattr(first, "seq_lens", None)
-            self.rows.begin(None if ends is None else ends.clone())
-
     def forward(self, hidden_states: torch.Tensor, stock: StockHead) -> torch.Tensor | None:
         """`[rows, hidden_size]` to log-probabilities, or the stock head's logits, `[rows, vocab_size]`."""
         if self.threshold >= 1:
             with self.metrics.timed(0, len(hidden_states)):
                 return stock(hidden_states)
         start = time.perf_counter()
-        places = self.heads.log_probabilities(hidden_states)
-        if self.rows is not None:
-            self.rows.keep(places)
-        scores = self.heads.scores(places)
+        scores = self.heads(hidden_states)
         if self.exact is None:
             confidence = scores.amax(-1)
         else:

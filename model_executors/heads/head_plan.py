@@ -67,10 +67,6 @@ class HeadPlan:
     threshold: float = 0.0
     """Of character heads: rows that they are less sure of go to the stock head; 0 is none, 1 all. How sure is the
     probability of the best spelled token, or where the shortlist is rescored of all that is on it."""
-    words: str = ""
-    """Of character heads: a file of longer strings that they spell too, a line each."""
-    margin: float = 0.0
-    """By how many nats a longer string may be spelled worse than its first token, and still be offered."""
     shortlist: int = 256
     """Of the rescored and the screened head: how many tokens get their exact scores."""
 
@@ -83,10 +79,6 @@ class HeadPlan:
             )
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"threshold is {self.threshold!r}; it is a probability, from 0 to 1")
-        if self.words and (not self.spells or self.threshold == 1):
-            raise ValueError(
-                f"words {self.words!r}: nothing is spelled here; use character heads, and a threshold below 1"
-            )
         if self.shortlist < 1:
             raise ValueError(f"shortlist is {self.shortlist!r}; choose 1 or more")
 

@@ -5,7 +5,7 @@ vLLM calls this for our architectures as soon as its configuration is complete, 
 
 from collections.abc import Iterator
 
-from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.config import VllmConfig
 from vllm.distributed.utils import get_pp_indices
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
@@ -22,7 +22,6 @@ logger = init_logger(f"vllm.{__name__}")
 # do not see.
 TOKEN_SPECULATION = ("ngram", "ngram_gpu", "suffix", "draft_model", "custom_class")
 SCHEDULER = "model_executors.hooks.scheduler.prompt_boundary_scheduler"
-WORD_PROPOSER = "vllm_ext.heads.words.WordProposer"
 TRANSFORMERS = "model_executors.layers.transformers_decoder"
 
 
@@ -45,9 +44,6 @@ class AttentionPlanConfig(VerifyAndUpdateConfig):
         _check_evidence(plan, head, vllm_config)
         if plan.first_frozen < len(plan.layers):
             _prepare_frozen(vllm_config)
-        if head.words and not vllm_config.model_config.enforce_eager and vllm_config.device_config.device_type != "cpu":
-            # The forward pass notes how far each request is, which a graph of a whole step would not repeat.
-            vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
         if head.kind == "screened":
             _add_processor(vllm_config, "model_executors.hooks.whole_rows:WholeRows")
 
@@ -114,12 +110,7 @@ def _head_problems(head: HeadPlan, vllm_config: VllmConfig) -> Iterator[str]:
         yield f"--enable-lora: a {head.kind} head was made for the model without adapters; take --head stock"
     if vllm_config.model_config.runner_type != "generate":
         yield f"--runner {vllm_config.model_config.runner_type}: a {head.kind} head makes logits only; use --head stock"
-    speculation = vllm_config.speculative_config
-    proposes = speculation is not None and speculation.method == "custom_class" and speculation.model == WORD_PROPOSER
-    if bool(head.words) != proposes:
-        missing = f"the proposer {WORD_PROPOSER}" if head.words else "words"
-        yield f"words {head.words!r}: {missing} is missing; serve with vllm-ext serve --words FILE"
-    if head.kind == "screened" and speculation is not None:
+    if head.kind == "screened" and vllm_config.speculative_config is not None:
         yield "--head screened: with speculation vLLM does not say what each row's request needs; drop one of them"
     if head.kind == "screened" and vllm_config.device_config.device_type != "cpu":
         yield "--head screened: its packed kernel is torch's for CPUs; take --head stock on other devices"

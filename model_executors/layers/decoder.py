@@ -118,8 +118,6 @@ class AttentionPlanDecoder(nn.Module):
         self, input_ids: torch.Tensor | None, positions: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor | Any:
         """`[num_tokens, hidden_size]`: what enters the tail, or the head where there is none."""
-        if self.head is not None:
-            self.head.begin()
         hidden_states = super().forward(input_ids, positions, *args, **kwargs)
         return hidden_states if self.freeze is None else self.freeze(positions, hidden_states)
 

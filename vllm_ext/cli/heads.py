@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from vllm_ext.cli.options import Agreement, Model, errors
+from vllm_ext.cli.options import Model, errors
 from vllm_ext.errors import UsageError
 
 Text = Annotated[Path | None, typer.Option(help='A .txt, a .jsonl with "text", or a folder of them; by default prose.')]
@@ -101,57 +101,6 @@ def calibrate(
 
     source = Checkpoint.open(model, weights=True)
     print_calibrated(recalibrate(source, text and text.expanduser(), tokens, written, length, seed), source.called)
-
-
-@app.command("words")
-def words(
-    model: Annotated[str, typer.Argument(help="A checkpoint's folder, with character heads.")],
-    text: Annotated[
-        Path | None,
-        typer.Option(help='A .txt, a .jsonl with "text", a .mo of translations, or a folder; by default prose.'),
-    ] = None,
-    words: Annotated[
-        Path | None, typer.Option(help="Words, a line each; by default those of the text's first half.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the text's words there, for --words of serve.")] = None,
-    agreement: Agreement = None,
-    margin: Annotated[
-        float, typer.Option(help="By how many nats a word may be spelled worse than its first token to be offered.")
-    ] = 0.0,
-    drafts: Annotated[int, typer.Option(min=1, help="Tokens to offer at once.")] = 4,
-    prompts: Annotated[int, typer.Option(min=1, help="Prompts, out of the text's second half.")] = 16,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 64,
-) -> None:
-    """Measure how many tokens a step yields where MODEL's heads spell words of several tokens too.
-
-    Whatever they prefer, the model verifies: greedy answers are the same, but for what rounding makes of a tie.
-    """
-    import tempfile
-
-    from model_executors.heads.head_plan import HeadPlan
-    from vllm_ext.checkpoint import Checkpoint
-    from vllm_ext.heads import tokens_per_step
-    from vllm_ext.heads.words import Words, texts_of, with_words, words_of
-    from vllm_ext.offline.model import read_tokenizer
-    from vllm_ext.tasks.texts import prose
-
-    if words is not None and out is not None:
-        raise UsageError(f"--words {words} --out {out}: --out is for the words of a text; leave one of them out")
-    source = Checkpoint.open(model, weights=True)
-    texts = prose("held_out") if text is None else texts_of(text.expanduser())
-    joined = "\n".join(texts)
-    first, second = joined[: len(joined) // 2], joined[len(joined) // 2 :]
-    with tempfile.TemporaryDirectory() as folder:
-        file = words or out or Path(folder) / "words.txt"
-        if words is None:
-            file.write_text("\n".join(words_of([first])) + "\n")
-        overrides = tokens_per_step.overrides_of(source, agreement)
-        longer = with_words(source, overrides, file, margin)
-        asked = tokens_per_step.prompts_of([second], read_tokenizer(source), prompts)
-        without = tokens_per_step.run(model, overrides, asked, tokens, 0)
-        measured = tokens_per_step.run(model, longer, asked, tokens, drafts)
-        found = len(Words.of(source, HeadPlan.from_config(longer["vllm_ext"]["head"])).runs)
-    tokens_per_step.print_measured(without, measured, found, source.called)
 
 
 @app.command("time")

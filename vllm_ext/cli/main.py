@@ -191,10 +191,6 @@ def serve(
     freeze: Freeze = None,
     head: Head = None,
     agreement: Agreement = None,
-    words: Annotated[
-        Path | None,
-        typer.Option(help="With character heads: a file of words, a line each, that a step may yield as a whole."),
-    ] = None,
     api_key_file: Annotated[
         Path | None, typer.Option(envvar="VLLM_EXT_API_KEY_FILE", help="A file with API keys, one a line.")
     ] = None,
@@ -269,7 +265,7 @@ def serve(
     endpoint = Endpoint(settings, api_key_file, metrics_port, log_format, allow_code)
     changes = None if skip is freeze is None else layer_plans(skip=skip, freeze=freeze)
     served = Served.open(model, changes, head, agreement, vllm_args=context.args)
-    run(served, context.args, words, endpoint)
+    run(served, context.args, endpoint)
 
 
 @app.command("quality", context_settings=VLLM_OPTIONS)
