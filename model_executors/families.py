@@ -55,6 +55,13 @@ class Family:
         return parts[at + 1].isdigit() and int(parts[at + 1]) in skipped and parts[at + 2] == self.attention
 
 
+def own_window(hf_config: Any, layer: int) -> int | None:
+    """The sliding window that the model itself gives the layer."""
+    kinds = getattr(hf_config, "layer_types", None)
+    sliding: int | None = getattr(hf_config, "sliding_window", None)
+    return sliding if kinds is None or kinds[layer] == "sliding_attention" else None
+
+
 def _transformers(architecture: str, **names: Any) -> Family:
     """A family that vLLM runs through its Transformers backend: the names are those of transformers' classes."""
     return Family(

@@ -17,6 +17,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWi
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from model_executors.attention_plan import AttentionPlan, LayerPlan
+from model_executors.families import own_window
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,7 @@ def _spec(vllm_config: VllmConfig, layer: int, plan: LayerPlan) -> KVCacheSpec:
         "head_size": config.get_head_size(),
         "dtype": cache_dtype(vllm_config),
     }
-    kinds = getattr(config.hf_config, "layer_types", None)
-    own = cache.sliding_window if kinds is None else None
-    if kinds is not None and kinds[layer] == "sliding_attention":
-        own = config.hf_config.sliding_window
-    window = plan.window or own
+    window = plan.window or own_window(config.hf_config, layer)
     return FullAttentionSpec(**common) if window is None else SlidingWindowSpec(**common, sliding_window=window)
 
 

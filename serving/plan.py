@@ -9,11 +9,11 @@ from pydantic import BaseModel, Field
 from vllm.config import VllmConfig
 
 from model_executors.attention_plan import CONFIG_KEY, KINDS, AttentionPlan, Consolidation, Kind, LayerPlan
-from model_executors.families import FAMILIES, family_of
+from model_executors.families import FAMILIES, family_of, own_window
 from model_executors.heads.head_plan import HeadPlan
 from model_executors.heads.head_plan import Kind as HeadKind
 from serving.capacity import cache_dtype, capacities, torch_dtype
-from vllm_ext.costs import count_parameters, kv_bytes
+from vllm_ext.costs import KvBytes, Reach, count_parameters, reaches
 
 logger = logging.getLogger("vllm.vllm_ext")
 
@@ -118,22 +118,24 @@ def _words(layer: LayerPlan) -> str:
 
 
 def _layer(vllm_config: VllmConfig, number: int, layer: LayerPlan) -> LayerReport:
-    heads, size, element = _kv_shape(vllm_config)
-    one = 0 if layer.kind == "skip" else 2 * heads * size * element
+    reach = Reach.of(layer, own_window(vllm_config.model_config.hf_config, number))
+    held = KvBytes.of([] if layer.kind == "skip" else [reach], _token_bytes(vllm_config))
     return LayerReport(
         layer=number,
         kind=layer.kind,
         window=layer.window,
         consolidation=layer.consolidation,
         rank=layer.rank,
-        kv_cache_token_bytes=one if layer.window is None else 0,
-        kv_cache_window_bytes=one * (layer.window or 0),
+        kv_cache_token_bytes=held.token,
+        kv_cache_window_bytes=held.window,
     )
 
 
 def _kv_cache(vllm_config: VllmConfig, plan: AttentionPlan) -> KvCacheReport:
-    shape = _kv_shape(vllm_config)
-    held, stock = kv_bytes(plan, *shape), kv_bytes(AttentionPlan.of(len(plan.layers)), *shape)
+    config, one = vllm_config.model_config.hf_config, _token_bytes(vllm_config)
+    held, stock = (
+        KvBytes.of(reaches(config, each).values(), one) for each in (plan, AttentionPlan.of(len(plan.layers)))
+    )
     found = capacities(vllm_config, plan)
     return KvCacheReport(
         token_bytes=held.token,
@@ -145,10 +147,10 @@ def _kv_cache(vllm_config: VllmConfig, plan: AttentionPlan) -> KvCacheReport:
     )
 
 
-def _kv_shape(vllm_config: VllmConfig) -> tuple[int, int, int]:
-    """KV heads over all ranks, their size, and bytes of an element."""
+def _token_bytes(vllm_config: VllmConfig) -> int:
+    """Bytes of K and V of a token in a layer, over all ranks."""
     config = vllm_config.model_config
-    return config.get_total_num_kv_heads(), config.get_head_size(), cache_dtype(vllm_config).itemsize
+    return 2 * config.get_total_num_kv_heads() * config.get_head_size() * cache_dtype(vllm_config).itemsize
 
 
 def _weights(vllm_config: VllmConfig, plan: AttentionPlan) -> WeightsReport | None:

@@ -12,14 +12,15 @@ from model_executors.attention_plan import AttentionPlan, LayerPlan
 from model_executors.heads.head_plan import HeadPlan
 from vllm_ext.bench import run as bench_run
 from vllm_ext.bench.command import Pair, measure
-from vllm_ext.bench.ideal import Machine
+from vllm_ext.bench.machine import Machine
 from vllm_ext.bench.report import Row, interval, rows
 from vllm_ext.bench.run import Candidate, Round, Settings, rounds
 from vllm_ext.bench.shapes import SHAPES, write_shape
-from vllm_ext.bench.work import Step, Work
+from vllm_ext.bench.work import Work
 from vllm_ext.bench.worker import Bench
 from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.cli.bench import app
+from vllm_ext.costs import Step
 from vllm_ext.errors import UsageError
 
 COMMAND = [sys.executable, "-m", "vllm_ext.cli.main"]

@@ -3,11 +3,9 @@
 import pytest
 import torch
 
-from model_executors.attention_plan import KINDS, AttentionPlan, LayerPlan
-from model_executors.families import FAMILIES
+from model_executors.attention_plan import KINDS, LayerPlan
 from tests.tiny import NUM_LAYERS, prompts
 from vllm_ext.checkpoint import Checkpoint
-from vllm_ext.costs import count_parameters, prefill_flops, saved_kv
 from vllm_ext.offline.fit import fit_passages
 from vllm_ext.offline.model import Changed, Item, OfflineModel, generate, load
 from vllm_ext.planner.constants import fit_alone
@@ -108,35 +106,3 @@ def test_layers_fitted_alone_are_fitted_as_if_no_other_were_changed(tiny_models,
         assert alone
         for name, tensor in alone.items():
             torch.testing.assert_close(made[name].float(), tensor.float(), atol=1e-4, rtol=1e-3)
-
-
-def test_savings_of_a_long_request(tiny_models):
-    """By hand: 6 layers of 2 heads of 32, hidden size 128."""
-    config = OfflineModel(Checkpoint.open(str(tiny_models("Llama")), weights=True)).model.config
-    family = FAMILIES["LlamaForCausalLM"]
-    plan = AttentionPlan.of(6, {1: LayerPlan("window", 100), 4: LayerPlan("freeze"), 5: LayerPlan("skip")})
-    # 63 blocks for 4 layers, and 8 for a window, whose group of 1 makes groups of all.
-    assert saved_kv(config, plan, 1_000) == pytest.approx(1 - (4 * 63 + 8) / (6 * 63))
-    assert saved_kv(config, plan, 50) == pytest.approx(1 / 6)
-    full = AttentionPlan.of(6)
-    layer = 2 * 1_000 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 192)
-    norms = 2 * 1_000 * 2 * 128
-    looks = 4 * 4 * 32 * (1_000 * 1_001 // 2)
-    assert prefill_flops(config, family, full, 1_000) == 6 * (layer + norms + looks)
-    window = layer + norms + 4 * 4 * 32 * (100 * 101 // 2 + 900 * 100)
-    frozen = 2 * 1_000 * 2 * 128 * 64
-    assert prefill_flops(config, family, plan, 1_000) == 3 * (layer + norms + looks) + window + frozen
-    middle = AttentionPlan.of(6, {2: LayerPlan("skip", consolidation="linear", rank=8)})
-    dropped = count_parameters(config, family, middle).dropped
-    added = 2 * 1_000 * (128 + 2 * 128 * 8)
-    assert prefill_flops(config, family, middle, 1_000) == 6 * (layer + norms + looks) - looks - 2_000 * dropped + added
-
-
-def test_experts_count_as_far_as_a_token_meets_them(tiny_models):
-    config = OfflineModel(Checkpoint.open(str(tiny_models("Mixtral")), weights=True)).model.config
-    family = FAMILIES["MixtralForCausalLM"]
-    full = AttentionPlan.of(6)
-    half = prefill_flops(config, family, full, 10)
-    config.num_experts_per_tok = config.num_local_experts
-    experts = 3 * 128 * 192
-    assert prefill_flops(config, family, full, 10) - half == 6 * 2 * 10 * 2 * experts

@@ -13,7 +13,7 @@ from vllm.platforms import current_platform
 
 from model_executors import evidence
 from model_executors.attention_plan import AttentionPlan
-from model_executors.families import Family, family_of
+from model_executors.families import Family, family_of, own_window
 from model_executors.heads.head_plan import HeadPlan
 
 logger = init_logger(f"vllm.{__name__}")
@@ -119,13 +119,11 @@ def _head_problems(head: HeadPlan, vllm_config: VllmConfig) -> Iterator[str]:
 def _window_problems(plan: AttentionPlan, vllm_config: VllmConfig) -> Iterator[str]:
     """A layer with a sliding window of its own has no sink to replace."""
     config = vllm_config.model_config.hf_config
-    kinds = getattr(config, "layer_types", None)
-    everywhere = kinds is None and vllm_config.cache_config.sliding_window is not None
     for layer, layer_plan in enumerate(plan.layers):
-        if layer_plan.window is not None and (everywhere or (kinds and kinds[layer] == "sliding_attention")):
+        if layer_plan.window is not None and (own := own_window(config, layer)) is not None:
             yield (
                 f"window {layer_plan.window} on layer {layer}: the model gives that layer a sliding window of "
-                f"{config.sliding_window} already; leave it full"
+                f"{own} already; leave it full"
             )
 
 

@@ -10,12 +10,12 @@ from typing import Any, Self
 from model_executors.attention_plan import LayerPlan
 from model_executors.heads.head_plan import SPELLING, Kind
 from vllm_ext.bench import machine
-from vllm_ext.bench.ideal import Shape
 from vllm_ext.bench.report import Row, report, rows, show
 from vllm_ext.bench.run import Candidate, Settings, rounds
 from vllm_ext.bench.shapes import write_shape, write_spelled_shape
 from vllm_ext.bench.work import Work
 from vllm_ext.checkpoint import Checkpoint
+from vllm_ext.costs import Shape
 from vllm_ext.errors import UsageError
 from vllm_ext.offline.model import read_tokenizer
 from vllm_ext.served import Served

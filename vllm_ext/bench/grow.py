@@ -15,10 +15,10 @@ from typing import Literal
 from model_executors.attention_plan import LayerPlan
 from vllm_ext.bench import machine
 from vllm_ext.bench.command import Pair
-from vllm_ext.bench.ideal import parts, seconds
 from vllm_ext.bench.run import Round, Settings, rounds
 from vllm_ext.bench.work import Work
 from vllm_ext.checkpoint import Checkpoint
+from vllm_ext.costs import parts
 from vllm_ext.errors import UsageError
 
 Dimension = Literal["skipped", "context", "streams", "vocabulary"]
@@ -72,9 +72,8 @@ def sweep(
 
     def ideal(name: str) -> list[float]:
         one = served[name]
-        return [
-            1e3 * seconds(parts(shape, one.attention_plan, one.head, Work.parse(text).steps), roof) for text in work
-        ]
+        needed = [parts(shape, one.attention_plan, one.head, Work.parse(text).steps) for text in work]
+        return [1e3 * roof.seconds(each) for each in needed]
 
     return Sweep(
         dimension,
@@ -107,7 +106,8 @@ def _skipped(points: tuple[int, ...], model: str, args: Sequence[str], count: in
     shape = replace(one.shape, element_bytes=element_bytes)
 
     def ideal(two: Pair, text: str) -> float:
-        return 1e3 * seconds(parts(shape, two.variant.attention_plan, two.variant.head, Work.parse(text).steps), roof)
+        variant = two.variant
+        return 1e3 * roof.seconds(parts(shape, variant.attention_plan, variant.head, Work.parse(text).steps))
 
     return Sweep(
         "skipped",

@@ -1,15 +1,40 @@
-"""What this machine reaches in plain products: the roof that ideals are under."""
+"""What this machine reaches in plain products: the roof that ideals are under.
+
+A part of an engine's step (`vllm_ext/costs.py`) needs floating-point operations and moves bytes, and takes
+
+    seconds = max(operations / F, bytes / B)
+
+where F and B are what this machine reaches in a plain matrix product and in plainly reading memory, and a step takes
+the sum of its parts. In a long prefill every part is bound by F, so that the ratio of two plans is that of their
+operations; in a decode of one stream by B, so that it is that of the bytes of weights and KV cache. Where streams are
+many, some parts are bound by the one and some by the other. An ideal is what nothing but the products would take.
+"""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
-from vllm_ext.bench.ideal import Machine
+from vllm_ext.costs import Part
 
 ROWS, WIDE, DEEP = 1024, 3072, 1024
 BYTES = 2**29
 REPEATS = 9
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What plain products reach."""
+
+    flops: float
+    """Operations a second."""
+    bandwidth: float
+    """Bytes a second."""
+
+    def seconds(self, parts: Sequence[Part]) -> float:
+        """Of all parts, one after another."""
+        return sum(max(part.flops / self.flops, part.bytes / self.bandwidth) for part in parts)
 
 
 def measured(element_bytes: int = 2) -> Machine:

@@ -13,9 +13,10 @@ from rich.table import Table
 
 from model_executors.attention_plan import AttentionPlan
 from model_executors.heads.head_plan import HeadPlan
-from vllm_ext.bench.ideal import Machine, Shape, kv_tokens, parts, seconds
+from vllm_ext.bench.machine import Machine
 from vllm_ext.bench.run import Round, Settings
 from vllm_ext.bench.work import Work
+from vllm_ext.costs import Shape, parts
 from vllm_ext.versions import vllm_distribution
 
 RESAMPLES = 2_000
@@ -94,13 +95,13 @@ def rows(
         theirs, ours = (parts(shape, *each, steps) for each in ((full, heads[0]), (plan, heads[1])))
         times = each_of(partial(_milliseconds, text))
         pairs = [_paired(text, *each) for each in zip(stock, variant, strict=True)] if settings.interleaved else ()
-        row(text, "ms", times, seconds(theirs, machine) / seconds(ours, machine), pairs)
+        row(text, "ms", times, machine.seconds(theirs) / machine.seconds(ours), pairs)
     # vLLM compiles at a model's first start, and finds what it compiled at later ones.
     later = slice(1 if len(stock) > 1 else 0, None)
     row("start-up", "s", each_of(lambda each: each.start_seconds, later), 1.0)
     row("peak memory", "GiB", each_of(lambda each: each.peak_bytes / 2**30), None)
     context = variant[0].max_model_len
-    capacity = kv_tokens(shape, full, context) / kv_tokens(shape, plan, context)
+    capacity = shape.kv_tokens(full, context) / shape.kv_tokens(plan, context)
     tokens = each_of(lambda each: float(each.kv_capacity_tokens))
     row("KV-cache capacity", "tokens", tokens, capacity, [b / a for a, b in zip(*tokens, strict=True)])
     return found

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
 
+from vllm_ext.costs import Step
 from vllm_ext.errors import UsageError
 
 DECODE_STEPS = 32
@@ -13,18 +14,6 @@ MIXED_STEPS = 8
 """Steps that a prompt among streams may take, chunk by chunk."""
 SETTLING_STEPS = 4
 """Steps before any are timed."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """One request's part of an engine's step."""
-
-    new: int
-    """Tokens that it brings."""
-    seen: int
-    """Tokens that lie in the KV cache before it."""
-    prompt: bool
-    """Whether the new ones are a prompt, of which only the last is sampled from."""
 
 
 @dataclass(frozen=True)

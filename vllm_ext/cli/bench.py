@@ -65,8 +65,8 @@ def bench(
     """Measure stock vLLM and a variant in turn, beside what the arithmetic allows; options of `vllm serve` go to both.
 
     Every process is fresh and holds one engine. The ideal gain follows from the plan, the model's shape and the work
-    by a roofline (see vllm_ext/bench/ideal.py); the share is the measured gain by the ideal one. The last line of the
-    output is JSON. Prompts are random, or with --agreement prose, of which character heads can be sure. The default
+    by a roofline (see vllm_ext/bench/machine.py); the share is the measured gain by the ideal one. The last line of
+    the output is JSON. Prompts are random, or with --agreement prose, of which character heads can be sure. The default
     work takes five minutes for the embedded model and --enforce-eager, and twice that compiled, on an idle machine; on
     a busy one give --interleaved. On a CPU the KV cache has 1 GiB unless VLLM_CPU_KVCACHE_SPACE says otherwise.
     """

@@ -20,9 +20,8 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from model_executors.attention_plan import AttentionPlan, LayerPlan, tensor_name
-from model_executors.families import Family
+from model_executors.families import Family, own_window
 from vllm_ext.checkpoint import Checkpoint
-from vllm_ext.costs import own_window
 from vllm_ext.errors import UsageError
 from vllm_ext.offline.attentions import Seen, Skipped, Windowed, attending, capped
 from vllm_ext.offline.model import Call, load, read_tokenizer

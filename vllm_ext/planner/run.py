@@ -12,8 +12,9 @@ import torch
 from transformers import AutoConfig
 
 from model_executors.attention_plan import AttentionPlan, LayerPlan
+from model_executors.families import own_window
 from vllm_ext.checkpoint import Checkpoint
-from vllm_ext.costs import own_window, prefill_flops, saved_kv
+from vllm_ext.costs import Shape, saved_kv
 from vllm_ext.errors import UsageError
 from vllm_ext.offline.model import Batch, Entered, Item, OfflineModel, read_tokenizer
 from vllm_ext.planner.constants import fit_alone
@@ -168,7 +169,11 @@ class Planner:
     def _flops(self, changes: Changes) -> int:
         """Operations of a prompt."""
         plan = AttentionPlan.of(self.source.num_layers, changes)
-        return prefill_flops(self.config, self.source.family, plan, self.settings.context)
+        return self._shape.prefill_flops(plan, self.settings.context)
+
+    @cached_property
+    def _shape(self) -> Shape:
+        return Shape.of(self.config, self.source.family)
 
     @cached_property
     def _full_flops(self) -> int:

@@ -1,4 +1,4 @@
-"""Ideals against operations that torch counts in plain transformers, token by token, and bytes written out."""
+"""A step's operations against those that torch counts in plain transformers, token by token; bytes written out."""
 
 from collections import Counter
 
@@ -11,8 +11,9 @@ from model_executors.attention_plan import AttentionPlan, LayerPlan
 from model_executors.families import family_of
 from model_executors.heads.head_plan import HeadPlan
 from tests.tiny import NUM_LAYERS
-from vllm_ext.bench.ideal import Machine, Part, Shape, kv_tokens, looks, parts, seconds
-from vllm_ext.bench.work import Step, Work
+from vllm_ext.bench.machine import Machine
+from vllm_ext.bench.work import Work
+from vllm_ext.costs import Part, Shape, Step, parts
 
 TOKENS = 23
 HEADS, KV_HEADS, HEAD_SIZE, HIDDEN, VOCAB = 4, 2, 32, 128, 256
@@ -77,26 +78,19 @@ def test_frozen(tiny_models, counted):
 
 
 def test_windows(tiny_models, counted):
-    """What is seen beyond a window of 5 is not looked at."""
-    plan = AttentionPlan.of(NUM_LAYERS, {3: LayerPlan("window", 5)})
+    """What lies between a sink of 2 and a window of 3 is not looked at."""
+    plan = AttentionPlan.of(NUM_LAYERS, {3: LayerPlan("window", 3, 2)})
     ideal = parts(shape_of(tiny_models("Llama"), "Llama"), plan, HeadPlan(), PROMPT)
     beyond = sum(max(0, token + 1 - 5) for token in ALL)
     stock = total(counted, ALL, *layers(*range(6))) + total(counted, LAST, "lm_head")
     assert flops(ideal) == stock - 4 * beyond * HEADS * HEAD_SIZE
 
 
-@pytest.mark.parametrize("window", [None, 1, 5, 11, 12, 40])
-def test_pairs_that_may_see_each_other(window):
-    step = Step(new=7, seen=5, prompt=True)
-    slow = sum(1 for query in range(5, 12) for key in range(query + 1) if window is None or query - key < window)
-    assert looks(step, window) == slow
-
-
 def test_decode_moves_weights_once_and_each_stream_s_cache(tiny_models):
     shape = shape_of(tiny_models("Llama"), "Llama")
     model = AutoModelForCausalLM.from_pretrained(tiny_models("Llama"))
     weights = sum(each.numel() for each in model.parameters() if each.dim() > 1) - VOCAB * HIDDEN  # none embedded
-    plan = AttentionPlan.of(NUM_LAYERS, {3: LayerPlan("window", 20), 5: FREEZE})
+    plan = AttentionPlan.of(NUM_LAYERS, {3: LayerPlan("window", 16, 4), 5: FREEZE})
     steps = [Step(1, 99, False), Step(1, 9, False)]
     one = 2 * KV_HEADS * HEAD_SIZE
     read = one * (5 * (100 + 10) + 20 + 10)
@@ -106,12 +100,12 @@ def test_decode_moves_weights_once_and_each_stream_s_cache(tiny_models):
 def test_a_model_s_own_windows(tiny_models):
     shape = shape_of(tiny_models("Gemma3"), "Gemma3")
     assert shape.windows == (16, None) * 3
-    assert kv_tokens(shape, AttentionPlan.of(NUM_LAYERS, {1: SKIP}), 100) == 3 * 16 + 2 * 100
+    assert shape.kv_tokens(AttentionPlan.of(NUM_LAYERS, {1: SKIP}), 100) == 3 * 16 + 2 * 100
 
 
 def test_a_part_takes_the_longer_of_its_two():
     machine = Machine(flops=10, bandwidth=100)
-    assert seconds([Part("a", 20, 100), Part("b", 1, 400)], machine) == 2 + 4
+    assert machine.seconds([Part("a", 20, 100), Part("b", 1, 400)]) == 2 + 4
 
 
 def test_heads(tiny_models):
