@@ -22,10 +22,10 @@ FIND_LINKS := $(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null)
 INDEX := $(if $(FIND_LINKS),--find-links "$(FIND_LINKS)",--torch-backend=cpu)
 LOCKED := --constraints requirements-cpu.txt --excludes requirements-cpu-excludes.txt $(INDEX)
 
-.PHONY: help setup system serve test test-slow lint lock compare
+.PHONY: help setup system serve test tests test-all test-gpu lint lock compare
 
 help:  ## What can be done here
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
 
 setup: $(READY)  ## Set up the virtual environment and the embedded model
 
@@ -46,12 +46,23 @@ compare: $(READY)  ## Load the embedded model and its default plan in turn, and 
 	@stock=$$($(BIN)/vllm-ext model fetch) && planned=$$($(BIN)/vllm-ext model fetch --planned) && \
 		env --unset=VLLM_CPU_KVCACHE_SPACE $(BIN)/vllm-ext loadtest compare "$$stock" "$$planned" $(COMPARED) $(ARGS)
 
-test: lint system  ## Lint, check types, run the tests
-	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+# Files are handed out to two workers, the longest first. Types are checked meanwhile.
+PYTEST := $(BIN)/python -m pytest
+TWO := --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
-test-slow: $(READY) system  ## Run the long tests too: replicas behind a router, Ray Serve, a soak
+test: $(READY) system  ## Lint, check types, run the tests: twenty minutes on two cores
+	@$(MAKE) --no-print-directory -j2 lint tests
+
+tests: $(READY)
+	$(PYTEST) -m "not slow and not nightly and not gpu" $(TWO) $(ARGS)
+
+test-all: $(READY) system lint  ## Every test: all families, replicas behind a router, Ray Serve, a soak
 	$(UV) --editable '.[cpu,dev,cluster]' $(LOCKED)
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(PYTEST) -m "not slow and not gpu" $(TWO) $(ARGS)
+	$(PYTEST) -m "slow and not gpu" $(ARGS)
+
+test-gpu: $(READY)  ## The tests that need an NVIDIA GPU
+	$(PYTEST) -m gpu $(ARGS)
 
 system:  ## Install what tests need of Debian: Prometheus, Chromium, docker-compose
 	@missing=$$(for each in prometheus:promtool chromium:chromium chromium-driver:chromedriver \

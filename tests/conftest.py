@@ -12,19 +12,44 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each of two
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-# The longest, so that two workers end together.
-FIRST = {"test_engine_modes", "test_quality", "test_serve", "test_targets"}
+if TYPE_CHECKING:
+    from tests.servers import Server
+
+# Files that ask the same server, which one worker starts.
+TOGETHER = dict.fromkeys(("test_endpoints", "test_load_served", "test_serve"), "served")
+# The longest first, so that two workers end together.
+FIRST = ("test_engine_modes", "test_faults", "served", "test_head", "test_dashboards", "test_families", "test_quality")
 # Engines over vLLM's Transformers backend, which changes transformers' classes for the whole process.
-LAST = {"test_transformers_decoder"}
+LAST = ("test_transformers_decoder",)
 
 
+def group(item: pytest.Item) -> str:
+    """What one worker runs in one go: a file, or several."""
+    return TOGETHER.get(item.path.stem, item.path.stem)
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist, which reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Order the files."""
-    items.sort(key=lambda item: (item.path.stem in LAST) - (item.path.stem in FIRST))
+    """Order the files, and give each to one worker."""
+    places = {name: place for place, name in enumerate((*FIRST, "", *LAST))}
+    items.sort(key=lambda item: places.get(group(item), places[""]))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group(item)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kept_engine_is_ended() -> Iterator[None]:
+    """Where there is one: tests that need none do not import vLLM."""
+    yield
+    if "tests.engines" in sys.modules:
+        sys.modules["tests.engines"].end_kept()
 
 
 @pytest.fixture(scope="session")
@@ -48,3 +73,16 @@ def smollm2() -> Path:
     from vllm_ext.embedded.model import fetch
 
     return fetch()
+
+
+@pytest.fixture(scope="session")
+def served_smollm2(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Server]":
+    """A server of the embedded model, its top three layers without attention: for whoever harms no other's tests."""
+    from tests.servers import served
+    from vllm_ext.offline.model import fast_dtype
+
+    options = ["--skip", "27-29", "--served-model-name", "SmolLM2", "--dtype", fast_dtype()]
+    options += ["--max-model-len", 1024, "--max-num-batched-tokens", 256]
+    options += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--log-format", "json"]
+    with served(smollm2, *options, log=tmp_path_factory.mktemp("log") / "server.log") as server:
+        yield server

@@ -10,6 +10,7 @@ import pytest
 
 from model_executors.attention_plan import AttentionPlan, LayerPlan
 from model_executors.heads.head_plan import HeadPlan
+from tests.command import vllm_ext
 from vllm_ext.bench import run as bench_run
 from vllm_ext.bench.command import Pair, measure
 from vllm_ext.bench.machine import Machine
@@ -91,7 +92,7 @@ def test_shapes_are_configurations_of_known_families(tmp_path, name):
 def test_refuses_what_cannot_be_measured(tiny_models, tmp_path, monkeypatch):
     monkeypatch.setattr("signal.signal", lambda *_: None)  # the commands run in this process
     llama = tiny_models("Llama")
-    done = run("--shape", "gpt", "--skip", "5", "--enforce-eager")
+    done = vllm_ext("bench", "--shape", "gpt", "--skip", "5", "--enforce-eager")
     assert done.returncode == 2
     assert done.stderr.startswith("error: --shape gpt: no such shape; use one of llama-3.2-1b, ")
     assert done.stdout == ""

@@ -21,7 +21,16 @@ def test_every_family_has_a_tiny_model():
 
 
 @pytest.mark.parametrize("skip", PLANS.values(), ids=PLANS)
-@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3", "Phi3"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "Llama",
+        *(
+            pytest.param(name, marks=pytest.mark.nightly)
+            for name in ("Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3", "Phi3")
+        ),
+    ],
+)
 def test_equals_the_reference(tiny_models, family, skip):
     folder = tiny_models(family)
     reference = Reference(folder, skipping(skip))

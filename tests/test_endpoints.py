@@ -11,9 +11,11 @@ import pytest
 from openai import BadRequestError, OpenAI
 
 from tests.servers import eventually, rows, served
+from vllm_ext.offline.model import fast_dtype
 from vllm_ext.process import free_port
 
 MODEL = "SmolLM2"
+ITEM_BYTES = {"auto": 2, "float32": 4}[fast_dtype()]
 MESSAGES = [
     {"role": "user", "content": "What is the capital of Italy?"},
     {"role": "assistant", "content": "The capital of Italy is Rome."},
@@ -33,11 +35,8 @@ TOOL = {
 
 
 @pytest.fixture(scope="module")
-def server(smollm2, tmp_path_factory):
-    options = ["--skip", "27-29", "--served-model-name", MODEL, "--max-model-len", 512]
-    tools = ["--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--log-format", "json"]
-    with served(smollm2, *options, *tools, log=tmp_path_factory.mktemp("log") / "server.log") as server:
-        yield server
+def server(served_smollm2):
+    return served_smollm2
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +52,7 @@ def test_the_plan(server):
     held, stock = plan["kv_cache"]["token_bytes"], plan["kv_cache"]["stock_token_bytes"]
     assert sum(layer["kv_cache_token_bytes"] for layer in plan["layers"]) == held
     assert held * 30 == stock * 27
-    assert plan["weights"]["dropped_bytes"] == 3 * 2 * (2 * 576 * 576 + 2 * 576 * 192)
+    assert plan["weights"]["dropped_bytes"] == 3 * ITEM_BYTES * (2 * 576 * 576 + 2 * 576 * 192)
     assert plan["head"]["kind"] == "stock"
     assert plan["provenance"] == {}
 
@@ -62,7 +61,7 @@ def test_models_name_the_plan(server, client):
     (card,) = client.models.list().data
     assert card.id == MODEL
     assert card.model_extra["vllm_ext"]["plan"] == "skip 27-29"
-    assert card.model_extra["max_model_len"] == 512
+    assert card.model_extra["max_model_len"] == 1024
 
 
 def test_openapi_has_our_routes_and_what_they_answer(server):

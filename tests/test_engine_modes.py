@@ -66,6 +66,12 @@ def planned(request, tiny_models, tmp_path_factory) -> Planned:
     return Planned(folder, reference, expected, prompt_logprobs=request.param != "freeze")
 
 
+def mostly(name: str):
+    """Both plans, of which every commit runs `name`: these engines take half a minute each."""
+    plans = [each if each == name else pytest.param(each, marks=pytest.mark.nightly) for each in PLANS]
+    return pytest.mark.parametrize("planned", plans, indirect=True)
+
+
 def tokens(given: list[Answer]) -> list[list[int]]:
     return [answer.tokens for answer in given]
 
@@ -172,6 +178,7 @@ def test_refuses_adapters_on_layers_that_do_not_run_for_every_position(tiny_mode
         llm.llm_engine.add_lora(adapter)
 
 
+@mostly("freeze")
 def test_ngram_speculation(planned, monkeypatch):
     """Prompts that repeat themselves, so that drafts are made, some of them wrong.
 
@@ -185,12 +192,14 @@ def test_ngram_speculation(planned, monkeypatch):
     assert tokens(given) == [planned.reference.answer(prompt, 24).tokens for prompt in repeating]
 
 
+@mostly("skip and window")
 def test_tensor_parallel(planned, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     with engine(planned.folder, tensor_parallel_size=2, distributed_executor_backend="mp") as llm:
         planned.check(llm)
 
 
+@mostly("freeze")
 def test_pipeline_parallel(planned, monkeypatch):
     """Compiled: on CPU, vLLM 0.32 allocates what passes between ranks only when it warms up a compiled model."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
@@ -199,6 +208,7 @@ def test_pipeline_parallel(planned, monkeypatch):
         planned.check(llm)
 
 
+@mostly("freeze")
 def test_compiled_for_one_sequence_at_a_time(planned):
     """The upper layers are compiled on a single row, and then see a whole prompt's."""
     with engine(planned.folder, enforce_eager=False, max_num_seqs=1) as llm:

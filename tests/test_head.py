@@ -85,7 +85,14 @@ def test_compiled_for_one_sequence_at_a_time(spelled):
         assert_same(answers(llm, prompts(LENGTHS)), expected)
 
 
-@pytest.mark.parametrize(("split", "kind"), [("tensor", "char"), ("tensor", "rescored"), ("pipeline", "rescored")])
+@pytest.mark.parametrize(
+    ("split", "kind"),
+    [
+        pytest.param("tensor", "char", marks=pytest.mark.nightly),
+        ("tensor", "rescored"),
+        ("pipeline", "rescored"),
+    ],
+)
 def test_on_two_ranks(spelled, monkeypatch, split, kind):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     folder = spelled("tail", 0.3 if kind == "char" else 0.85, kind)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from junitparser import JUnitXml
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 
+from tests.command import refused
 from vllm_ext.process import free_port, running
 
 COMMAND = [sys.executable, "-m", "vllm_ext.cli.main", "loadtest"]
@@ -87,12 +89,7 @@ def test_the_report_draws_every_plot_with_no_error(compared, browser):
     assert 'src="http' not in page
 
 
-def refused(*arguments):
-    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    (complaint,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    return complaint
+compare_refused = partial(refused, "loadtest", "compare")
 
 
 @pytest.mark.parametrize(
@@ -109,14 +106,16 @@ def refused(*arguments):
     ],
 )
 def test_refuses(url, tmp_path, options, message):
-    assert message in refused("compare", url, url, "--out", str(tmp_path / "out"), *options)
+    assert message in compare_refused(url, url, "--out", str(tmp_path / "out"), *options)
     assert list(tmp_path.rglob("*.*")) == []
 
 
 def test_refuses_sides_that_are_not_there(url, tmp_path):
     nobody = f"http://127.0.0.1:{free_port()}"
-    assert "no OpenAI-compatible server there" in refused("compare", url, nobody, "--out", str(tmp_path / "out"))
-    assert "no such folder" in refused("compare", url, "./nothing", "--out", str(tmp_path / "out"))
+    assert "no OpenAI-compatible server there" in refused(
+        "loadtest", "compare", url, nobody, "--out", str(tmp_path / "out")
+    )
+    assert "no such folder" in compare_refused(url, "./nothing", "--out", str(tmp_path / "out"))
     scraped = ["--prometheus", url, "--out", str(tmp_path / "out")]
-    assert "give both sides as URLs" in refused("compare", url, "./nothing", *scraped)
+    assert "give both sides as URLs" in compare_refused(url, "./nothing", *scraped)
     assert list(tmp_path.iterdir()) == []

@@ -15,8 +15,7 @@ from loadtests.client import open_client
 from loadtests.run import LOCUSTFILE, locust
 from loadtests.tokenizers import find_texts
 from loadtests.workloads import Workload
-from tests.servers import eventually, served
-from vllm_ext.offline.model import fast_dtype
+from tests.servers import eventually
 from vllm_ext.process import free_port
 
 COMMAND = [sys.executable, "-m", "vllm_ext.cli.main", "loadtest", "compare"]
@@ -25,11 +24,8 @@ WITHIN = 0.05
 
 
 @pytest.fixture(scope="module")
-def server(smollm2, tmp_path_factory):
-    log = tmp_path_factory.mktemp("served") / "log"
-    options = ["--max-model-len", 1024, "--max-num-batched-tokens", 256, "--dtype", fast_dtype()]
-    with served(smollm2, *options, log=log) as running:
-        yield running
+def server(served_smollm2):
+    return served_smollm2
 
 
 def histograms(server) -> dict[str, np.ndarray]:

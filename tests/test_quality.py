@@ -12,6 +12,7 @@ import torch
 from transformers import AutoTokenizer
 
 from model_executors.attention_plan import LayerPlan
+from tests.command import vllm_ext
 from tests.reference import Reference
 from vllm_ext.checkpoint import Checkpoint, write_planned
 from vllm_ext.embedded.model import fetch_spelled
@@ -182,8 +183,6 @@ def test_refuses_what_vllm_refuses_in_one_line(smollm2, tiny_models, tmp_path):
 
 def test_a_mistake_is_one_line(smollm2, tmp_path):
     nowhere = str(tmp_path / "nowhere" / "figures.json")
-    done = subprocess.run(
-        [*COMMAND, str(smollm2), "--json", nowhere], capture_output=True, text=True, timeout=120, check=False
-    )
+    done = vllm_ext("quality", smollm2, "--json", nowhere)
     assert done.returncode == 2
     assert done.stderr.strip() == f"error: --json {nowhere}: no such folder; create {tmp_path / 'nowhere'}"

@@ -7,7 +7,7 @@ from model_executors.families import FAMILIES
 from tests.answers import assert_same
 from tests.engines import NEW_TOKENS, answers, engine, runner, skipping
 from tests.fitted import write_random
-from tests.parity import check
+from tests.parity import check, each_shape_first
 from tests.reference import answers_apart
 from tests.tiny import CONFIGS, NUM_LAYERS, prompts
 
@@ -41,7 +41,7 @@ OTHERS = [
 ]
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", each_shape_first(OTHERS))
 def test_every_family_equals_the_reference(tiny_models, tmp_path, name):
     """Before any engine of the same class: that changes transformers' own."""
     check(name, tiny_models(name), tmp_path / "planned")

@@ -14,9 +14,9 @@ from model_executors.heads.head_plan import SPELLING, Kind
 from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.errors import UsageError, one_line
 from vllm_ext.progress import progress
-from vllm_ext.quality.engine import Replies, reply_of
+from vllm_ext.quality.engine import reply_of
 from vllm_ext.quality.report import STOCK, Figures, figures_of, show
-from vllm_ext.quality.work import Settings, Work, prepare_work
+from vllm_ext.quality.work import Replies, Settings, Work, prepare_work
 from vllm_ext.reports.figures import is_right
 from vllm_ext.served import Served
 from vllm_ext.tasks import texts

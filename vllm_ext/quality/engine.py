@@ -7,26 +7,14 @@ import signal
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from vllm_ext.errors import UsageError, one_line
 from vllm_ext.process import STOP_SECONDS, show_end
-from vllm_ext.quality.work import Work
-from vllm_ext.reports.figures import Scored
-
-
-@dataclass
-class Replies:
-    """What a model made of the work."""
-
-    prompts: dict[int, list[Scored]] = field(default_factory=dict)
-    """Passages as prompts; none of a model that cannot say anything of prompt tokens."""
-    answers: dict[int, list[Scored]] = field(default_factory=dict)
-    """The ends of passages as answers to the rest."""
-    generated: dict[str, list[list[int]]] = field(default_factory=dict)
+from vllm_ext.quality.work import Replies, Work
 
 
 @dataclass(frozen=True)

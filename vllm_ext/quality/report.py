@@ -7,8 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vllm_ext.quality.engine import Replies
-from vllm_ext.quality.work import SHOTS, Work
+from vllm_ext.quality.work import SHOTS, Replies, Work
 from vllm_ext.reports.figures import Figure, Scored, accuracy, agreement, perplexity
 
 STOCK = "stock"

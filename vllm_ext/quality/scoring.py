@@ -14,8 +14,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
-from vllm_ext.quality.engine import Replies
-from vllm_ext.quality.work import MAX_TOKENS, Work
+from vllm_ext.quality.work import MAX_TOKENS, Replies, Work
 from vllm_ext.reports.figures import Scored
 
 FORCED = "vllm_ext_forced_tokens"

@@ -1,10 +1,11 @@
 """What every model is given: held-out passages, and questions after worked examples."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_ext.errors import UsageError
+from vllm_ext.reports.figures import Scored
 from vllm_ext.tasks import texts
 
 ANSWER_TOKENS = 128
@@ -68,6 +69,17 @@ class Work:
         """All tokens of all prompts."""
         passages = sum(len(each) * (2 * n - self.answer_tokens(n)) for n, each in self.passages.items())
         return passages + sum(len(prompt) for prompts in self.prompts.values() for prompt in prompts)
+
+
+@dataclass
+class Replies:
+    """What a model made of the work."""
+
+    prompts: dict[int, list[Scored]] = field(default_factory=dict)
+    """Passages as prompts; none of a model that cannot say anything of prompt tokens."""
+    answers: dict[int, list[Scored]] = field(default_factory=dict)
+    """The ends of passages as answers to the rest."""
+    generated: dict[str, list[list[int]]] = field(default_factory=dict)
 
 
 def prepare_work(tokenizer: Any, settings: Settings) -> tuple[Work, dict[str, list[str]]]:
