@@ -11,6 +11,8 @@ from vllm_ext.quality.work import Settings
 from vllm_ext.served import Served
 from vllm_ext.tasks.texts import prose
 
+pytestmark = pytest.mark.nightly
+
 PLANS = {
     "window": dict.fromkeys(range(15, 30), LayerPlan("window", 128)),
     "linear": dict.fromkeys(range(25, 30), LayerPlan("skip", consolidation="linear")),
