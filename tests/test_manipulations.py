@@ -8,11 +8,12 @@ from model_executors.attention_plan import LayerPlan
 from tests.reference import Reference
 from tests.tiny import NUM_LAYERS, prompts
 from vllm_ext.checkpoint import Checkpoint
-from vllm_ext.offline.model import Batch, Changed, Item, OfflineModel, generate
+from vllm_ext.offline.batch import Batch
+from vllm_ext.offline.evaluator import Asked
+from vllm_ext.offline.model import Changed, OfflineModel, generate
 from vllm_ext.probe.injection import Pairs
 from vllm_ext.probe.manipulations import NAMES, injected, manipulation, randomised, shuffled
-from vllm_ext.tasks.scores import Asked
-from vllm_ext.tasks.tasks import Task
+from vllm_ext.tasks.items import Item, Task
 
 ITEMS = tuple(
     Item(tuple(prompt), tuple(range(3, 3 + more))) for prompt, more in zip(prompts((40, 2, 17)), (3, 9, 1), strict=True)

@@ -10,7 +10,9 @@ from tests.reference import Reference
 from tests.tiny import CONFIGS, NUM_LAYERS, prompts
 from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.offline.attentions import QUERIES_AT_ONCE, sink_attention, window_attention
-from vllm_ext.offline.model import Batch, Changed, Item, OfflineModel, generate
+from vllm_ext.offline.batch import Batch
+from vllm_ext.offline.model import Changed, OfflineModel, generate
+from vllm_ext.tasks.items import Item
 
 WINDOW = 8
 PLANS = {

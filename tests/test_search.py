@@ -6,12 +6,12 @@ import torch
 from model_executors.attention_plan import KINDS, LayerPlan
 from tests.tiny import NUM_LAYERS, prompts
 from vllm_ext.checkpoint import Checkpoint
+from vllm_ext.offline.evaluator import Asked
 from vllm_ext.offline.fit import fit_passages
-from vllm_ext.offline.model import Changed, Item, OfflineModel, generate, load
+from vllm_ext.offline.model import Changed, OfflineModel, generate, load
 from vllm_ext.planner.constants import fit_alone
 from vllm_ext.planner.search import Budget, Exhausted, Search
-from vllm_ext.tasks.scores import Asked
-from vllm_ext.tasks.tasks import Task
+from vllm_ext.tasks.items import Item, Task
 
 LAYERS = range(NUM_LAYERS)
 PASSAGES = torch.randint(3, 256, (4, 64), generator=torch.Generator().manual_seed(0))

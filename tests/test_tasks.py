@@ -6,7 +6,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from vllm_ext.errors import UsageError
-from vllm_ext.tasks.tasks import DOCUMENT_TOKENS, NAMES, PROSE_TOKENS, bundled, given, item
+from vllm_ext.tasks import retrieval
+from vllm_ext.tasks.items import item
+from vllm_ext.tasks.tasks import DOCUMENT_TOKENS, NAMES, PROSE_TOKENS, bundled, given
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +116,33 @@ def test_refuses_other_files(tokenizer, tmp_path, content, message):
         given(tmp_path / "mine.jsonl", tokenizer, 5)
     with pytest.raises(UsageError, match="cannot be read"):
         given(tmp_path / "nowhere.jsonl", tokenizer, 5)
+
+
+@pytest.mark.parametrize("name", retrieval.NAMES)
+def test_what_is_asked_for_was_told_where_the_item_says(tokenizer, name):
+    task = retrieval.retrieval(name, tokenizer, 512, 8)
+    assert task.length == 512
+    assert task.name == f"{name} at 512"
+    depths = sorted(each.depth for each in task.items)
+    assert depths[0] < 0.2 < 0.6 < depths[-1]
+    for each in task.items:
+        text, answer = tokenizer.decode(each.prompt), tokenizer.decode(each.answer)
+        assert 490 <= len(each.prompt + each.answer) <= 512
+        if name == "shots":
+            assert text.index("It is") / len(text) == pytest.approx(each.depth, abs=0.05)
+            continue
+        told = answer.strip().split(", ")
+        places = [text.index(part) / len(text) for part in told]
+        assert min(abs(place - each.depth) for place in places) < 0.05
+
+
+@pytest.mark.parametrize("name", retrieval.NAMES)
+def test_items_that_retrieve_are_of_their_split_and_seed(tokenizer, name):
+    made = {
+        (split, seed): retrieval.retrieval(name, tokenizer, 256, 4, seed, split)
+        for split in ("search", "judge")
+        for seed in (0, 1)
+    }
+    assert made["search", 0] == retrieval.retrieval(name, tokenizer, 256, 4, 0, "search")
+    prompts = [each.prompt for task in made.values() for each in task.items]
+    assert len(set(prompts)) == 16

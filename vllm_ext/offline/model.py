@@ -5,9 +5,8 @@ What is fitted (`fit.py`) and what is probed (`probe/`) is computed with it, on 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -34,56 +33,6 @@ LOGITS_AT_ONCE = 256
 
 Plans = Mapping[int, LayerPlan]
 Fitted = Mapping[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Item:
-    """A prompt, and what is to follow it, in token ids."""
-
-    prompt: tuple[int, ...]
-    answer: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Items one below the other, padded on the right, where no row of theirs looks."""
-
-    tokens: torch.Tensor
-    """`[batch, length]`"""
-    prompts: torch.Tensor
-    """`[batch]`: the lengths of the prompts."""
-    ends: torch.Tensor
-    """`[batch]`: the lengths of prompt and answer."""
-
-    @classmethod
-    def of(cls, items: Sequence[Item], device: torch.device) -> Self:
-        """Of one or more items."""
-        rows = [torch.tensor(item.prompt + item.answer) for item in items]
-        return cls(
-            nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device),
-            torch.tensor([len(item.prompt) for item in items], device=device),
-            torch.tensor([len(row) for row in rows], device=device),
-        )
-
-    @property
-    def places(self) -> torch.Tensor:
-        """`[length]`"""
-        return torch.arange(self.tokens.shape[1], device=self.tokens.device)
-
-    @property
-    def prompt_rows(self) -> torch.Tensor:
-        """`[batch, length]`: which rows are a prompt's."""
-        return self.places < self.prompts[:, None]
-
-    @property
-    def previous_rows(self) -> torch.Tensor:
-        """`[batch, length]`: which rows are a prompt's, but for its last (arXiv 2409.03621: the previous tokens)."""
-        return self.places < self.prompts[:, None] - 1
-
-    @property
-    def answering_rows(self) -> torch.Tensor:
-        """`[batch, length]`: which rows predict a token of the answer."""
-        return (self.places >= self.prompts[:, None] - 1) & (self.places < self.ends[:, None] - 1)
 
 
 def slow_on_cpu(dtype: torch.dtype) -> bool:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from vllm_ext.errors import UsageError
+from vllm_ext.offline.evaluator import Asked
 from vllm_ext.planner.search import Changes
 from vllm_ext.reports.figures import Figure, accuracy
-from vllm_ext.tasks.scores import Asked
 
 
 @dataclass(frozen=True)

@@ -16,15 +16,17 @@ from model_executors.families import own_window
 from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.costs import Shape, saved_kv
 from vllm_ext.errors import UsageError
-from vllm_ext.offline.model import Batch, Entered, Item, OfflineModel, read_tokenizer
+from vllm_ext.offline.batch import Batch
+from vllm_ext.offline.evaluator import Asked
+from vllm_ext.offline.model import Entered, OfflineModel, read_tokenizer
 from vllm_ext.planner.constants import fit_alone
 from vllm_ext.planner.judge import Goal, Judge, Judged
 from vllm_ext.planner.search import Budget, Changes, Exhausted, Search, Tried
 from vllm_ext.probe.attention import Looks, looks
 from vllm_ext.progress import progress
+from vllm_ext.tasks.items import Item, Task
 from vllm_ext.tasks.passages import cut
-from vllm_ext.tasks.scores import Asked
-from vllm_ext.tasks.tasks import Task, bundled, given
+from vllm_ext.tasks.tasks import bundled, given
 from vllm_ext.tasks.texts import prose
 from vllm_ext.versions import offline_versions
 

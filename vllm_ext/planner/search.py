@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from model_executors.attention_plan import FULL, AttentionPlan, Kind, LayerPlan
+from vllm_ext.offline.evaluator import Asked, Scores
 from vllm_ext.planner.constants import LINEAR
-from vllm_ext.tasks.scores import Asked, Scores
 
 CANDIDATES = 3
 """Layers tried at each step."""

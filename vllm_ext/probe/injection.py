@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from vllm_ext.offline.model import Batch, Changed, Item, OfflineModel
+from vllm_ext.offline.batch import Batch
+from vllm_ext.offline.evaluator import score
+from vllm_ext.offline.model import Changed, OfflineModel
 from vllm_ext.probe.manipulations import injected
 from vllm_ext.tasks import texts
-from vllm_ext.tasks.scores import score
-from vllm_ext.tasks.tasks import item
+from vllm_ext.tasks.items import Item, item
 
 SHOTS = 4
 CANDIDATES = 6

@@ -15,6 +15,7 @@ import torch
 
 from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.errors import UsageError
+from vllm_ext.offline.evaluator import Asked
 from vllm_ext.offline.model import OfflineModel, read_tokenizer
 from vllm_ext.probe.attention import looks
 from vllm_ext.probe.injection import Pairs
@@ -22,8 +23,8 @@ from vllm_ext.probe.manipulations import NAMES as MANIPULATIONS
 from vllm_ext.probe.manipulations import Manipulation, manipulation
 from vllm_ext.probe.manipulations import Name as ManipulationName
 from vllm_ext.progress import progress
-from vllm_ext.tasks.scores import Asked
-from vllm_ext.tasks.tasks import NAMES, SUMMARY_TOKENS, Name, Task, bundled, given
+from vllm_ext.tasks.items import Task
+from vllm_ext.tasks.tasks import NAMES, SUMMARY_TOKENS, Name, bundled, given
 from vllm_ext.versions import offline_versions
 
 RESULTS = "results.jsonl"

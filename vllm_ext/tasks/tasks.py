@@ -11,19 +11,14 @@ of the line after it, is the model's first choice: that is what greedy decoding 
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from vllm_ext.errors import UsageError
-from vllm_ext.offline.model import Item
 from vllm_ext.tasks import texts
+from vllm_ext.tasks.items import Item, Split, Task, item
 
-Score = Literal["answers", "tokens", "summaries"]
-"""Answered right or not; the part of the tokens that is the first choice; ROUGE-L of what is written."""
-Split = Literal["search", "judge"]
-"""A planner judges on other items than it searched with."""
 Name = Literal["capitals", "sums", "reading", "prose", "summaries"]
 NAMES: tuple[Name, ...] = get_args(Name)
 
@@ -35,29 +30,6 @@ DOCUMENT_TOKENS = 320
 SUMMARY_TOKENS = 48
 STATEMENTS = 5
 """In a passage to read."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """Items of one kind."""
-
-    name: str
-    score: Score
-    items: tuple[Item, ...]
-    references: tuple[str, ...] = ()
-    """For summaries: what people wrote."""
-    source: str = ""
-    """Where the items come from."""
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """What a report says of it."""
-        return {"score": self.score, "items": len(self.items), "source": self.source}
-
-    @property
-    def tokens(self) -> int:
-        """All that a model reads and writes."""
-        return sum(len(item.prompt) + len(item.answer) for item in self.items)
 
 
 def bundled(name: Name, tokenizer: Any, count: int, seed: int = 0, split: Split = "judge") -> Task:
@@ -107,13 +79,6 @@ def given(path: Path, tokenizer: Any, count: int, seed: int = 0) -> Task:
     return Task(
         path.stem, "answers", tuple(item(tokenizer, row["prompt"], row["answer"]) for row in rows[:count]), (), source
     )
-
-
-def item(tokenizer: Any, prompt: str, answer: str) -> Item:
-    """In tokens as they are of both together, divided where those of the prompt alone end."""
-    alone, both = tokenizer(prompt).input_ids, tokenizer(prompt + answer).input_ids
-    same = next((n for n, (a, b) in enumerate(zip(alone, both, strict=False)) if a != b), min(len(alone), len(both)))
-    return Item(tuple(both[:same]), tuple(both[same:]))
 
 
 def _capitals(tokenizer: Any, count: int, chosen: random.Random, split: Split) -> Task:

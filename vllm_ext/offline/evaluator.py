@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 
-from vllm_ext.offline.model import Batch, Changed, Entered, Fitted, Item, OfflineModel, Plans, generate
+from vllm_ext.offline.batch import Batch
+from vllm_ext.offline.model import Changed, Entered, Fitted, OfflineModel, Plans, generate
 from vllm_ext.probe.manipulations import Manipulation
-from vllm_ext.tasks.tasks import SUMMARY_TOKENS, Task
+from vllm_ext.tasks.items import Item, Task
+from vllm_ext.tasks.tasks import SUMMARY_TOKENS
 from vllm_ext.tasks.texts import missing
 
 BATCH_TOKENS = 2_048

@@ -8,11 +8,11 @@ from tests.engines import answers, engine
 from tests.fitted import write_random
 from tests.tiny import NUM_LAYERS, prompts
 from vllm_ext.checkpoint import Checkpoint
-from vllm_ext.offline.model import Item, OfflineModel
+from vllm_ext.offline import evaluator
+from vllm_ext.offline.evaluator import Asked
+from vllm_ext.offline.model import Changed, OfflineModel, generate
 from vllm_ext.probe.manipulations import Manipulation, manipulation
-from vllm_ext.tasks import scores
-from vllm_ext.tasks.scores import Asked
-from vllm_ext.tasks.tasks import Task
+from vllm_ext.tasks.items import Item, Task
 
 PLAN = {
     1: LayerPlan("window", 16),
@@ -34,7 +34,7 @@ def task(score="answers"):
 
 def test_batches_change_nothing(model, monkeypatch):
     whole = Asked(model, task()).manipulated(manipulation("shuffle", 2, NUM_LAYERS, 0))
-    monkeypatch.setattr(scores, "BATCH_TOKENS", 1)
+    monkeypatch.setattr(evaluator, "BATCH_TOKENS", 1)
     asked = Asked(model, task())
     assert len(asked.batches) == 4
     alone = asked.manipulated(manipulation("shuffle", 2, NUM_LAYERS, 0))
@@ -51,7 +51,7 @@ def test_states_let_go_of_are_made_again(model):
 def test_counts_tokens_or_whole_answers(model):
     """The answers are the model's own but for one token of the first."""
     asked = torch.tensor(prompts((12, 12)))
-    own = scores.generate(scores.Changed(model), asked, 4).tolist()
+    own = generate(Changed(model), asked, 4).tolist()
     own[0][3] = (own[0][3] + 1) % 256
     items = tuple(Item(tuple(prompt), tuple(answer)) for prompt, answer in zip(asked.tolist(), own, strict=True))
     assert Asked(model, Task("t", "answers", items)).manipulated(Manipulation(0)).scores == [0.0, 1.0]
