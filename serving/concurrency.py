@@ -19,6 +19,7 @@ class Concurrency:
         self.app, self.limit, self.queued, self.metrics = app, places, queued, metrics
         self.places = asyncio.Semaphore(places)
         self.waiting = 0
+        metrics.may_queue(queued)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it."""

@@ -151,6 +151,10 @@ class HttpMetrics:
         """Over the processes that live."""
         return _gauge(name, documentation, "model_name", mode="livesum").labels(self.model_name)
 
+    def may_queue(self, requests: int) -> None:
+        """Say how many may wait at most."""
+        self._live("vllm_ext_max_queued_requests", "HTTP requests that --max-queued-requests lets wait.").set(requests)
+
     def queued(self, change: int) -> None:
         """One more waits, or one less."""
         self._queued.inc(change)

@@ -70,7 +70,7 @@ def prometheus(folder: Path, targets: dict[str, str]):
     config["rule_files"] = [str(DEPLOY / "prometheus" / name) for name in config["rule_files"]]
     config["scrape_configs"] = [job for job in config["scrape_configs"] if job["job_name"] in targets]
     for job in config["scrape_configs"]:
-        job["static_configs"] = [{"targets": [targets[job["job_name"]]]}]
+        job["static_configs"][0]["targets"] = [targets[job["job_name"]]]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
     port = free_port()
     options = [f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'data'}"]
@@ -85,12 +85,14 @@ def prometheus(folder: Path, targets: dict[str, str]):
 
 @pytest.fixture(scope="module")
 def scraped(smollm2, tmp_path_factory):
-    """Baseline and variant under load; gives a query's series over that time."""
+    """Baseline and variant under load; gives a query's series over that time, and has each expression's before it."""
     ports = {"baseline": free_port(), "variant": free_port()}
     models = {"baseline": [smollm2], "variant": [fetch_planned(), "--head", "screened"]}
     options = ["--served-model-name", MODEL, "--enforce-eager", "--max-model-len", "1024"]
     with ExitStack() as stack, pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(4) as pool:
         patch.setenv("VLLM_EXT_MAX_N", "4")  # so that there are rejections
+        patch.setenv("VLLM_EXT_MAX_CONCURRENT_REQUESTS", "64")
+        patch.setenv("VLLM_EXT_MAX_QUEUED_REQUESTS", "64")
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         patch.setenv("OMP_NUM_THREADS", "1")
         servers = {}
@@ -101,6 +103,12 @@ def scraped(smollm2, tmp_path_factory):
         targets = {job: f"127.0.0.1:{port}" for job, port in ports.items()}
         source = stack.enter_context(prometheus(tmp_path_factory.mktemp("prometheus"), targets))
         wait_for_scrapes(source)
+        time.sleep(3 * SCRAPE_SECONDS)  # a rate needs two samples
+        idle = {}
+        for name, expression in EXPRESSIONS.items():
+            query = {"query": substituted(expression)}
+            answer = httpx.get(f"{source}/api/v1/query", params=query, trust_env=False).json()
+            idle[name] = [float(each["value"][1]) for each in answer["data"]["result"]]
         start = time.time()
         assert all(pool.map(lambda url: load(url, 12), urls.values()))
         exposed = {job: httpx.get(f"{url}/metrics", trust_env=False).text for job, url in urls.items()}
@@ -113,7 +121,7 @@ def scraped(smollm2, tmp_path_factory):
             assert answer["status"] == "success", answer
             return answer["data"]["result"]
 
-        series.exposed = exposed
+        series.exposed, series.idle = exposed, idle
         yield series
 
 
@@ -144,6 +152,14 @@ def test_the_json_is_what_the_code_generates(tmp_path):
 @pytest.mark.parametrize("name", EXPRESSIONS)
 def test_every_panel_has_data(scraped, name):
     assert finite(scraped(substituted(EXPRESSIONS[name]))), substituted(EXPRESSIONS[name])
+
+
+@pytest.mark.parametrize("name", EXPRESSIONS)
+def test_a_panel_shows_0_and_not_no_data_before_the_first_request(scraped, name):
+    """Latencies alone, and ratios of two servers' rates, are of nothing then: no number."""
+    none_yet = re.search(r"histogram_quantile|_seconds_sum|: variant / baseline$", EXPRESSIONS[name] + name)
+    if none_yet is None:
+        assert any(map(math.isfinite, scraped.idle[name])), scraped.idle[name]
 
 
 @pytest.mark.parametrize("board", BOARDS, ids=lambda board: board.stem)

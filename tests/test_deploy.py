@@ -2,12 +2,14 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from vllm.v1.metrics.buckets import TIME_TO_FIRST_TOKEN_BUCKETS
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
@@ -87,6 +89,7 @@ def test_compose_serves_and_scrapes_the_same_names():
         assert targets[job] == [f"{job}:8000"]
         assert services[job]["ports"][0].endswith(":8000")
     assert targets["ready"] == [f"http://{job}:8000/ready" for job in ("baseline", "variant")]
+    assert all(job["static_configs"][0]["labels"] == {"app": "vllm-ext"} for job in config["scrape_configs"])
     provisioning = DEPLOY / "grafana" / "provisioning"
     (source,) = yaml.safe_load((provisioning / "datasources" / "prometheus.yml").read_text())["datasources"]
     assert source["url"] == "http://prometheus:9090"
@@ -101,6 +104,33 @@ def test_prometheus_takes_its_configuration_and_rules():
 
 def test_alerts_fire_when_they_should_and_only_then():
     assert "SUCCESS" in checked("promtool", "test", "rules", "alerts_test.yml", folder=DEPLOY / "prometheus")
+
+
+def thresholds() -> dict[str, dict]:
+    (group,) = yaml.safe_load((DEPLOY / "prometheus" / "thresholds.yml").read_text())["groups"]
+    return {rule["record"]: rule for rule in group["rules"]}
+
+
+def test_alerts_follow_the_thresholds(tmp_path):
+    """Where nothing reaches them, no alert fires that compares with one; the others do."""
+    shutil.copytree(DEPLOY / "prometheus", tmp_path, dirs_exist_ok=True)
+    text = re.sub(r"vector\(.*\)", "vector(1e6)", (tmp_path / "thresholds.yml").read_text())
+    (tmp_path / "thresholds.yml").write_text(text)
+    done = subprocess.run(
+        ["promtool", "test", "rules", "alerts_test.yml"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    silent = set(re.findall(r"alertname: (\w+)", done.stdout + done.stderr))
+    assert set(alerts()) - silent == {"VllmTargetDown", "VllmEngineStalled"}
+
+
+def test_thresholds_fit_the_server():
+    """First tokens are told apart at a bound of vLLM's histogram; a start may take as long as in the image."""
+    first_token = thresholds()["vllm_threshold:ttft_seconds"]
+    assert first_token["labels"]["le"] in {str(bound) for bound in TIME_TO_FIRST_TOKEN_BUCKETS}
+    assert first_token["expr"] == f"vector({first_token['labels']['le']})"
+    minutes = int(re.search(r"--start-period=(\d+)m", (DEPLOY / "Dockerfile.cpu").read_text())[1])
+    assert thresholds()["vllm_threshold:start_seconds"]["expr"] == f"vector({60 * minutes})"
 
 
 def alerts() -> dict[str, dict]:

@@ -1,6 +1,8 @@
 """The Helm chart, linted, rendered with several values, and each manifest held against Kubernetes' own schemas."""
 
+import json
 import re
+import subprocess
 from pathlib import Path
 
 import helm_python
@@ -8,6 +10,7 @@ import kubernetes_validate
 import pytest
 import typer
 import yaml
+from vllm.v1.metrics.buckets import TIME_TO_FIRST_TOKEN_BUCKETS
 
 from vllm_ext.cli.main import app
 
@@ -16,7 +19,7 @@ CHART = DEPLOY / "helm" / "vllm-ext"
 VALUES = {path.stem.removesuffix("-values"): path for path in sorted((CHART / "ci").glob("*-values.yaml"))}
 KUBERNETES = "1.34"
 # Custom resources: no schema of theirs is in Kubernetes.
-CUSTOM = {"LeaderWorkerSet", "PrometheusRule", "ScaledObject", "ServiceMonitor"}
+CUSTOM = {"InferenceService", "LeaderWorkerSet", "PrometheusRule", "ScaledObject", "ServiceMonitor", "ServingRuntime"}
 
 
 def values(name: str) -> dict:
@@ -128,12 +131,44 @@ def test_the_autoscaler_follows_the_queue():
 def test_rules_and_dashboards_arrive_as_they_are():
     """Prometheus' own templates in alerts are not Helm's."""
     manifests = rendered(values("gpu"))
-    groups = manifests["PrometheusRule/demo-vllm-ext"]["spec"]["groups"]
+    _, *groups = manifests["PrometheusRule/demo-vllm-ext"]["spec"]["groups"]
     files = [yaml.safe_load((DEPLOY / "prometheus" / name).read_text()) for name in ("rules.yml", "alerts.yml")]
     assert groups == [group for file in files for group in file["groups"]]
     for name in ("endpoint", "variant"):
         text = manifests["ConfigMap/demo-vllm-ext-dashboards"]["data"][f"vllm-ext-{name}.json"]
         assert text.strip() == (DEPLOY / "grafana" / "dashboards" / f"{name}.json").read_text().strip()
+
+
+def test_thresholds_follow_the_values(tmp_path):
+    """The same ones as for a Prometheus without the chart; a start, the queue and what is named are the release's."""
+    changed = {"thresholds": {"ttftSeconds": "10.0", "errorRatio": 0.2}}
+    given = values("gpu") | {"startupSeconds": 3000, "autoscaling": {"waitingRequests": 3}}
+    given["prometheusRule"] = given["prometheusRule"] | changed
+    rule = rendered(given)["PrometheusRule/demo-vllm-ext"]["spec"]
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump(rule))
+    subprocess.run(["promtool", "check", "rules", "rules.yml"], cwd=tmp_path, check=True, timeout=60)
+    thresholds = {each["record"].removeprefix("vllm_threshold:"): each for each in rule["groups"][0]["rules"]}
+    file = yaml.safe_load((DEPLOY / "prometheus" / "thresholds.yml").read_text())["groups"][0]
+    assert rule["groups"][0]["name"] == file["name"]
+    assert {f"vllm_threshold:{name}" for name in thresholds} == {each["record"] for each in file["rules"]}
+    assert thresholds["ttft_seconds"]["labels"] == {"le": "10.0"}
+    expressions = {name: each["expr"] for name, each in thresholds.items()}
+    assert expressions["ttft_seconds"] == "vector(10.0)"
+    assert expressions["error_ratio"] == "vector(0.2)"
+    assert expressions["start_seconds"] == "vector(3000)"
+    assert expressions["waiting_requests"] == "vector(6)"
+    assert expressions["rejection_ratio"] == "vector(0.05)"
+
+
+def test_first_tokens_are_told_apart_at_a_bound_of_the_histogram():
+    schema = json.loads((CHART / "values.schema.json").read_text())["properties"]["prometheusRule"]
+    bounds = schema["properties"]["thresholds"]["properties"]["ttftSeconds"]["enum"]
+    assert bounds == [str(bound) for bound in TIME_TO_FIRST_TOKEN_BUCKETS]
+
+
+def test_alerts_are_for_these_targets():
+    (endpoint,) = rendered(values("gpu"))["ServiceMonitor/demo-vllm-ext"]["spec"]["endpoints"]
+    assert endpoint["relabelings"] == [{"targetLabel": "app", "replacement": "vllm-ext"}]
 
 
 def test_the_router_selects_the_servers_and_may_reach_them():
@@ -157,6 +192,8 @@ def test_the_router_selects_the_servers_and_may_reach_them():
         ({"server": {"args": ["--api-key=secret"]}}, "args"),
         ({"server": {"env": {"VLLM_API_KEY": "secret"}}}, "env"),
         ({"autoscaling": {"kind": "vpa"}}, "kind"),
+        ({"prometheusRule": {"thresholds": {"ttftSeconds": "3.0"}}}, "ttftSeconds"),
+        ({"prometheusRule": {"thresholds": {"errorRatio": 2}}}, "errorRatio"),
         ({"disruptionBudget": {"minAvailable": "half"}}, "minAvailable"),
     ],
 )
@@ -185,13 +222,38 @@ def test_the_pods_of_a_leader_worker_set_are_pods():
     assert {nodes, ranks} <= leader & worker
 
 
+def test_a_service_of_kserve_takes_our_runtime():
+    """Its own schemas are not to be had here; what its pod is made of is Kubernetes' own."""
+    runtime, service = kserve()
+    predictor = service["spec"]["predictor"]
+    model = predictor["model"]
+    assert model["runtime"] == runtime["metadata"]["name"]
+    assert model["modelFormat"]["name"] in [each["name"] for each in runtime["spec"]["supportedModelFormats"]]
+    (container,) = runtime["spec"]["containers"]
+    assert container["name"] == "kserve-container"
+    shared = ("automountServiceAccountToken", "terminationGracePeriodSeconds", "securityContext")
+    pod = {name: predictor[name] for name in shared}
+    pod |= {"containers": [container | {"resources": model["resources"]}], "volumes": runtime["spec"]["volumes"]}
+    assert validated([{"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"}, "spec": pod}]) == {"Pod"}
+    assert {mount["name"] for mount in container["volumeMounts"]} == {each["name"] for each in pod["volumes"]}
+    drain = next(each for each in container["args"] if each.startswith("--drain-seconds="))
+    sleep = container["lifecycle"]["preStop"]["exec"]["command"][1]
+    assert pod["terminationGracePeriodSeconds"] >= int(drain.partition("=")[2]) + int(sleep) + 20
+    assert f"--port={container['ports'][0]['containerPort']}" in container["args"]
+    assert service["metadata"]["name"] in predictor["autoScaling"]["metrics"][0]["external"]["metric"]["query"]
+
+
+def kserve() -> list[dict]:
+    return list(yaml.safe_load_all((DEPLOY / "kubernetes" / "kserve.yaml").read_text()))
+
+
 def test_every_option_exists():
     """Each option in the chart and the examples is one of vllm-ext serve's, or of vLLM's."""
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     group = leader_worker_set()[0]["spec"]["leaderWorkerTemplate"]
-    pods = [group["leaderTemplate"]["spec"], group["workerTemplate"]["spec"]]
+    pods = [group["leaderTemplate"]["spec"], group["workerTemplate"]["spec"], kserve()[0]["spec"]]
     pods += [
         rendered(values(name))["Deployment/demo-vllm-ext"]["spec"]["template"]["spec"] for name in ("defaults", *VALUES)
     ]

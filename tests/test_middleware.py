@@ -142,6 +142,13 @@ def test_who_waits_for_a_place_gets_it_with_all_of_its_body():
     assert asyncio.run(three()) == [200, 200, 429]
 
 
+def test_how_many_may_wait_is_told():
+    from prometheus_client import REGISTRY
+
+    ask(application(max_concurrent_requests=1, max_queued_requests=7), "GET", "/health")
+    assert REGISTRY.get_sample_value("vllm_ext_max_queued_requests", {"model_name": "m"}) == 7
+
+
 def test_a_server_that_drains_refuses(monkeypatch):
     monkeypatch.setattr(drain, "draining", True)
     answer = ask(application(), "GET", "/v1/models")

@@ -15,7 +15,7 @@ from pathlib import Path
 from grafana_foundation_sdk.builders import dashboard
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models.dashboard import DashboardCursorSync, VariableOption, VariableRefresh, VariableSort
-from panels import SOURCE, Panel, built, latency, mean, quantile, rate, total
+from panels import SOURCE, Panel, built, latency, mean, or_zero, quantile, rate, share, total
 
 DASHBOARDS = Path(__file__).parent / "dashboards"
 BASELINE, VARIANT = 'job="$baseline"', 'job="$variant"'
@@ -25,14 +25,14 @@ def endpoint_rows() -> dict[str, list[Panel]]:
     """One deployment: vLLM's usual panels, and what the plan and the head do."""
     where = 'job=~"$job", instance=~"$instance"'
     waiting = f'sum({{__name__=~"vllm:num_requests_waiting|vllm_ext_http_requests_queued", {where}}})'
-    rejected = rate("vllm_ext_rejected_requests_total", where, "reason")
-    bad = f'{where}, handler=~"/v1/.*", status!="2xx"'
+    rejected = or_zero(rate("vllm_ext_rejected_requests_total", where, "reason"), "reason", "any")
+    bad = rate("http_requests_total", f'{where}, handler=~"/v1/.*", status!="2xx"', "status")
     saved = (
         f"1 - {total('vllm_ext_kv_cache_token_bytes', where)} / {total('vllm_ext_stock_kv_cache_token_bytes', where)}"
     )
     stock_rows = f'{where}, head="stock"'
-    fallback = f"{rate('vllm_ext_head_rows_total', stock_rows)} / {rate('vllm_ext_head_rows_total', where)}"
-    hits = f"{rate('vllm:prefix_cache_hits_total', where)} / {rate('vllm:prefix_cache_queries_total', where)}"
+    fallback = share(rate("vllm_ext_head_rows_total", stock_rows), rate("vllm_ext_head_rows_total", where))
+    hits = share(rate("vllm:prefix_cache_hits_total", where), rate("vllm:prefix_cache_queries_total", where))
     return {
         "Now": [
             Panel("Replicas up", {"up": total("up", where)}, "short", "Servers whose metrics answer.", True),
@@ -76,15 +76,15 @@ def endpoint_rows() -> dict[str, list[Panel]]:
                 {
                     "running": total("vllm:num_requests_running", where),
                     "waiting": total("vllm:num_requests_waiting", where),
-                    "waiting before the engine": total("vllm_ext_http_requests_queued", where),
-                    "in HTTP": total("vllm_ext_http_requests_in_flight", where),
+                    "waiting before the engine": or_zero(total("vllm_ext_http_requests_queued", where)),
+                    "in HTTP": or_zero(total("vllm_ext_http_requests_in_flight", where)),
                 },
                 "short",
                 "Waiting for minutes means too few replicas, or a KV cache too small.",
             ),
             Panel(
                 "Refused and failed",
-                {"rejected: {{reason}}": rejected, "HTTP {{status}}": rate("http_requests_total", bad, "status")},
+                {"rejected: {{reason}}": rejected, "HTTP {{status}}": or_zero(bad, "status", "4xx")},
                 "reqps",
                 "Rejections by limit, and answers to /v1 that are not 2xx.",
             ),
@@ -151,9 +151,9 @@ def endpoint_rows() -> dict[str, list[Panel]]:
             ),
             Panel(
                 "Rows of logits by head",
-                {"{{head}}": rate("vllm_ext_head_rows_total", where, "head")},
+                {"{{head}}": or_zero(rate("vllm_ext_head_rows_total", where, "head"), "head", "own")},
                 "short",
-                "A second: made by the head itself (own), or by the stock head. Only where another head is served.",
+                "A second: made by the head itself (own), or by the stock head; 0 where there is no other head.",
             ),
             Panel(
                 "Rows that fell back to the stock head",
@@ -199,8 +199,10 @@ def variant_rows() -> dict[str, list[Panel]]:
             Panel(
                 "Prompt tokens not in the tail",
                 {
-                    "": f"{rate('vllm_ext_tail_skipped_prompt_tokens_total', VARIANT)}"
-                    f" / {rate('vllm_ext_prompt_tokens_total', VARIANT)}"
+                    "": share(
+                        rate("vllm_ext_tail_skipped_prompt_tokens_total", VARIANT),
+                        rate("vllm_ext_prompt_tokens_total", VARIANT),
+                    )
                 },
                 "percentunit",
                 "Of the variant's prompt tokens.",

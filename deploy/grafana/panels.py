@@ -33,6 +33,17 @@ def rate(metric: str, where: str, by: str = "") -> str:
     return f"sum{f' by ({by})' if by else ''} (rate({metric}{{{where}}}{WINDOW}))"
 
 
+def or_zero(expression: str, label: str = "", value: str = "") -> str:
+    """The expression, and 0 where there is nothing: what never happened, or has no rows on such a server."""
+    zero = f'label_replace(vector(0), "{label}", "{value}", "", "")' if label else "vector(0)"
+    return f"{expression} or on () {zero}"
+
+
+def share(part: str, whole: str) -> str:
+    """A rate by another; 0 while nothing happens."""
+    return or_zero(f"{part} / ({whole} > 0)")
+
+
 def quantile(part: float, metric: str, where: str) -> str:
     """Of a histogram, over replicas."""
     return f"histogram_quantile({part}, {rate(f'{metric}_bucket', where, 'le')})"
