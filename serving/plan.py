@@ -2,7 +2,6 @@
 
 import logging
 from collections import Counter
-from itertools import groupby
 from typing import Any, Self
 
 from pydantic import BaseModel, Field
@@ -14,6 +13,7 @@ from model_executors.heads.head_plan import HeadPlan
 from model_executors.heads.head_plan import Kind as HeadKind
 from serving.capacity import cache_dtype, capacities, torch_dtype
 from vllm_ext.costs import KvBytes, Reach, count_parameters, reaches
+from vllm_ext.layers import changes_of, format_plan
 
 logger = logging.getLogger("vllm.vllm_ext")
 
@@ -82,7 +82,7 @@ class PlanReport(BaseModel):
         return cls(
             model=str(config.served_model_name),
             architecture=config.architecture,
-            name=described(plan),
+            name=format_plan(changes_of(plan)),
             kinds={kind: counts[kind] for kind in KINDS},
             layers=[_layer(vllm_config, number, layer) for number, layer in enumerate(plan.layers)],
             kv_cache=_kv_cache(vllm_config, plan),
@@ -98,23 +98,6 @@ def plan_of(vllm_config: VllmConfig) -> AttentionPlan | None:
     if config.architecture in FAMILIES:
         return AttentionPlan.of(config.hf_config.num_hidden_layers)
     return AttentionPlan.from_hf_config(config.hf_config) if hasattr(config.hf_config, CONFIG_KEY) else None
-
-
-def described(plan: AttentionPlan) -> str:
-    """As a user types it: `skip 25-29, window:128 15-24`; `stock` where every layer attends in full."""
-    ranges: dict[str, list[str]] = {}
-    for what, run in groupby(enumerate(plan.layers), key=lambda each: _words(each[1])):
-        numbers = [number for number, _ in run]
-        name = str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
-        ranges.setdefault(what, []).append(name)
-    ranges.pop("full", None)
-    return ", ".join(f"{what} {','.join(names)}" for what, names in sorted(ranges.items())) or "stock"
-
-
-def _words(layer: LayerPlan) -> str:
-    if layer.consolidation != "none":
-        return f"{layer.kind}:{layer.consolidation}"
-    return layer.kind if layer.window is None else f"{layer.kind}:{layer.window}"
 
 
 def _layer(vllm_config: VllmConfig, number: int, layer: LayerPlan) -> LayerReport:

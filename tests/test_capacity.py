@@ -4,7 +4,6 @@ import pytest
 
 from model_executors.attention_plan import AttentionPlan, LayerPlan
 from serving.capacity import capacities
-from serving.plan import described
 from tests.engines import engine
 from tests.fitted import write_random
 
@@ -49,16 +48,3 @@ def kept_bytes(llm) -> int:
 
     storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in runner(llm).kv_caches}
     return sum(storages.values())
-
-
-@pytest.mark.parametrize(
-    ("changes", "name"),
-    [
-        ({}, "stock"),
-        ({4: LayerPlan("skip"), 5: LayerPlan("skip")}, "skip 4-5"),
-        ({1: LayerPlan("window", 64), 3: LayerPlan("window", 64), 5: LayerPlan("skip")}, "skip 5, window:64 1,3"),
-        ({5: LayerPlan("skip", consolidation="linear")}, "skip:linear 5"),
-    ],
-)
-def test_a_plan_in_a_few_words(changes, name):
-    assert described(AttentionPlan.of(6, changes)) == name

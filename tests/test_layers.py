@@ -1,8 +1,16 @@
 import pytest
 
-from model_executors.attention_plan import LayerPlan
+from model_executors.attention_plan import AttentionPlan, LayerPlan
 from vllm_ext.errors import UsageError
-from vllm_ext.layers import layer_plans, parse_layers, parse_windows
+from vllm_ext.layers import (
+    changes_of,
+    format_layers,
+    format_options,
+    format_plan,
+    layer_plans,
+    parse_layers,
+    parse_windows,
+)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +44,9 @@ def test_refuses(text, message):
 
 
 def test_reads_windows():
-    assert parse_windows("25-26:64, 3:128,15-16:128") == {3: 128, 15: 128, 16: 128, 25: 64, 26: 64}
+    large, small = (128, None), (64, 8)
+    assert parse_windows("25-26:64+8, 3:128,15-16:128") == {3: large, 15: large, 16: large, 25: small, 26: small}
+    assert parse_windows("3,15-16:128,25-26:64+8") == parse_windows("25-26:64+8,3,15-16:128")
 
 
 @pytest.mark.parametrize(
@@ -44,6 +54,7 @@ def test_reads_windows():
     [
         ("3", "layer 3 has no window; write it as 3:128"),
         ("3:64,5", "layer 5 has no window"),
+        ("3:64+", "'3:64\\+' is no layer or range"),
         ("3:", "'3:' is no layer or range"),
         ("3:-1", "'3:-1' is no layer or range"),
         ("3:64,1-4:128", "layer 3 is named twice"),
@@ -86,3 +97,35 @@ def test_a_frozen_layer_may_be_given_its_window_in_either_option():
 def test_refuses_options_that_exclude_each_other(options, message):
     with pytest.raises(UsageError, match=message):
         layer_plans(**options)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {3: LayerPlan("skip")},
+        {
+            0: LayerPlan("window", 128),
+            1: LayerPlan("window", 128),
+            4: LayerPlan("window", 64),
+            5: LayerPlan("window", 64, 8),
+        },
+        {1: LayerPlan("window", 8), 3: LayerPlan("freeze"), 4: LayerPlan("freeze", 32, 16), 5: LayerPlan("freeze", 32)},
+        {4: LayerPlan("skip", consolidation="linear", rank=8), 1: LayerPlan("window", 64)},
+    ],
+    ids=format_plan,
+)
+def test_a_plan_that_is_written_out_is_read_back(changes):
+    words = iter(format_options(changes).split())
+    options = {name.removeprefix("--"): value for name, value in zip(words, words, strict=True)}
+    if "rank" in options:
+        options["rank"] = int(options["rank"])
+    assert layer_plans(**options) == changes
+    assert changes_of(AttentionPlan.of(6, changes)) == changes
+
+
+def test_plans_in_a_few_words():
+    windows = dict.fromkeys([0, 1, 2, 9], LayerPlan("window", 128)) | {4: LayerPlan("window", 256, 8)}
+    assert format_plan(windows | {28: LayerPlan("skip")}) == "skip 28, window 0-2,9:128,4:256+8"
+    assert format_plan({}) == "stock"
+    assert format_layers([]) == "none"

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure as Picture
 
 from model_executors.attention_plan import FULL, KINDS, Kind
 from vllm_ext.errors import UsageError
-from vllm_ext.layers import layer_plans
+from vllm_ext.layers import format_options, layer_plans
 from vllm_ext.planner.judge import Judged
 from vllm_ext.planner.run import Found
 from vllm_ext.planner.search import Changes
@@ -48,7 +48,7 @@ def write(found: Found, out: Path, command: Sequence[str]) -> Path:
         front=front,
         chosen=taken,
         written=found.written,
-        described=[described(each.changes) for each in front],
+        described=[format_options(each.changes) for each in front],
         scores=SCORES,
         command=shlex.join(command),
     )
@@ -84,25 +84,10 @@ def read(file: Path) -> Found:
 
 
 def _changes(options: str) -> Changes:
-    """What `described` describes."""
+    """What `format_options` writes."""
     words = iter(options.split())
     given: dict[str, Any] = {name.removeprefix("--"): value for name, value in zip(words, words, strict=True)}
     return layer_plans(**given)
-
-
-def described(changes: Changes) -> str:
-    """The options of `vllm-ext plan` that say the same."""
-    groups: dict[str, list[int]] = {}
-    for layer, plan in sorted(changes.items()):
-        name = {"window": "--window", "freeze": "--freeze", "skip": f"--consolidation {plan.consolidation} --skip"}[
-            plan.kind
-        ]
-        groups.setdefault(f"{name} %s{f':{plan.window}' if plan.window else ''}", []).append(layer)
-    options: dict[str, list[str]] = {}
-    for form, layers in groups.items():
-        option, value = form.rsplit(" ", 1)
-        options.setdefault(option, []).extend(value % each for each in _ranges(layers))
-    return " ".join(f"{option} {','.join(values)}" for option, values in options.items())
 
 
 def front_picture(front: Sequence[Judged], chosen: Judged | None) -> Picture:
@@ -153,20 +138,9 @@ def _by_top(front: Sequence[Judged]) -> tuple[list[Judged], ...]:
     )
 
 
-def _ranges(layers: Sequence[int]) -> list[str]:
-    """`3-5` for 3, 4, 5."""
-    found: list[list[int]] = []
-    for layer in layers:
-        if found and found[-1][1] == layer - 1:
-            found[-1][1] = layer
-        else:
-            found.append([layer, layer])
-    return [str(first) if first == last else f"{first}-{last}" for first, last in found]
-
-
 def _row(judged: Judged, taken: bool, written: bool) -> dict[str, Any]:
     return {
-        "options": described(judged.changes),
+        "options": format_options(judged.changes),
         "taken": taken,
         "written": written,
         "kv_saved": judged.kv_saved,
