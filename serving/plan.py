@@ -9,8 +9,7 @@ from vllm.config import VllmConfig
 
 from model_executors.attention_plan import CONFIG_KEY, KINDS, AttentionPlan, Consolidation, Kind, LayerPlan
 from model_executors.families import FAMILIES, family_of, own_window
-from model_executors.heads.head_plan import HeadPlan
-from model_executors.heads.head_plan import Kind as HeadKind
+from model_executors.heads.head_plan import HeadKind, HeadPlan
 from serving.capacity import cache_dtype, capacities, torch_dtype
 from vllm_ext.costs import KvBytes, Reach, count_parameters, reaches
 from vllm_ext.layers import changes_of, format_plan

@@ -101,7 +101,10 @@ def test_refuses_what_cannot_be_measured(tiny_models, tmp_path, monkeypatch):
         (("--skip", "5"), "bench needs either a MODEL or a --shape"),
         (("--shape", "qwen2.5-0.5b", "--skip", "99"), "layer 99 does not exist"),
         (("--shape", "qwen2.5-0.5b", "--planned", llama), "it is for a checkpoint, and a --shape is of random weights"),
-        (("--shape", "qwen2.5-0.5b", "--head", "char", "--agreement", "0.98"), "--agreement 0.98: it is for a check"),
+        (
+            ("--shape", "qwen2.5-0.5b", "--head", "character", "--agreement", "0.98"),
+            "--agreement 0.98: it is for a check",
+        ),
         ((llama, "--window", "5:16"), "--window 5:16: it needs fitted tensors"),
         ((llama, "--skip", "5", "--work", "prefill:512"), "grow to 513 tokens, and the model takes 512; choose less"),
         ((llama, "--skip", "5", "--work", "walk:3"), "--work walk:3: write it as prefill:1024"),
@@ -137,7 +140,7 @@ def test_measures_and_ends_with_json(tiny_models, tmp_path):
     assert "share: the gain by the ideal one" in " ".join(done.stdout.split())
 
 
-@pytest.mark.parametrize("head", ["char", "rescored"])
+@pytest.mark.parametrize("head", ["character", "rescored"])
 def test_a_shape_with_character_heads(head, tmp_path, monkeypatch):
     """Its weights are written, at random; a small shape stands in for the models' own, which take minutes."""
     small = {"vocab_size": 2048, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}

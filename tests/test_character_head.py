@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from model_executors.heads.character_head import PAD, CharacterHead, slots_of, with_exact
 from model_executors.heads.head_plan import HeadShape
-from tests.spelled import PLACES, random_spellings, random_tensors, rescored_row, spelled_logprobs
+from tests.character_heads import PLACES, character_logprobs, random_spellings, random_tensors, rescored_row
 
 HIDDEN = 16
 
@@ -20,7 +20,7 @@ def head_of(spellings, width=0, seed=0, places=PLACES):
     head = CharacterHead(shape, torch.float32)
     for name, tensor in tensors.items():
         head.get_parameter(name).data.copy_(tensor)
-    head.spell()
+    head.prepare()
     return head, tensors
 
 
@@ -29,7 +29,7 @@ def head_of(spellings, width=0, seed=0, places=PLACES):
 def test_is_the_sum_over_symbols(width, rows):
     head, tensors = head_of(random_spellings(300), width)
     states = torch.randn(rows, HIDDEN, generator=torch.Generator().manual_seed(1))
-    expected = torch.stack([spelled_logprobs(tensors, head.shape.slots, state) for state in states])
+    expected = torch.stack([character_logprobs(tensors, head.shape.slots, state) for state in states])
     torch.testing.assert_close(head(states), expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(head(states).exp().sum(-1), torch.ones(rows))
 
@@ -48,7 +48,7 @@ def test_any_spellings(spellings, seed):
     """Of one symbol or six, the same ones twice, places that only one token reaches."""
     head, tensors = head_of(spellings, seed=seed, places=6)
     state = torch.randn(HIDDEN, generator=torch.Generator().manual_seed(seed))
-    expected = spelled_logprobs(tensors, head.shape.slots, state)
+    expected = character_logprobs(tensors, head.shape.slots, state)
     torch.testing.assert_close(head(state[None])[0], expected, atol=1e-4, rtol=1e-4)
 
 

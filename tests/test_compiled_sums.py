@@ -10,7 +10,7 @@ import torch
 
 from model_executors.heads.character_head import Spelling, slots_of
 from model_executors.heads.head_plan import HeadShape
-from tests.spelled import PLACES, random_spellings
+from tests.character_heads import PLACES, random_spellings
 
 BLOCK = 64
 """Tokens that are summed together."""

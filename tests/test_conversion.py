@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from model_executors.attention_plan import LayerPlan
 from tests.answers import assert_same
+from tests.character_heads import CharacterReference
 from tests.engines import answers, engine
-from tests.spelled import SpelledReference
 from tests.test_vocabulary import byte_level
 from tests.tiny import prompts, write_tiny
 from vllm_ext.checkpoint import Checkpoint
@@ -55,7 +55,7 @@ def text(tmp_path_factory):
 
 
 def run(model, text, out, *options):
-    command = ["spell", "train", str(model), "--out", str(out), "--text", str(text), *SIZES, *options]
+    command = ["heads", "train", str(model), "--out", str(out), "--text", str(text), *SIZES, *options]
     return CliRunner().invoke(app, command)
 
 
@@ -75,7 +75,7 @@ def converted(model, text, tmp_path_factory):
 
 def agreement(checkpoint, work):
     """With the teacher's top token, on what it was trained on, computed anew."""
-    reference = SpelledReference(checkpoint.folder, {})
+    reference = CharacterReference(checkpoint.folder, {})
     passages = load_file(work / "passages.safetensors")["passages"]
     same = []
     for passage in passages.tolist():
@@ -91,7 +91,7 @@ def test_overfits_a_small_text(converted):
 
 def test_what_it_writes_is_served(converted):
     converted.check_weights()
-    reference = SpelledReference(converted.folder, {})
+    reference = CharacterReference(converted.folder, {})
     expected = [reference.answer(prompt, 4) for prompt in prompts((2, 17))]
     with engine(converted.folder) as llm:
         assert_same(answers(llm, prompts((2, 17)), 4), expected)
@@ -198,7 +198,7 @@ def test_two_processes_take_half_of_each_batch(model, text, tmp_path):
         "-m",
         "vllm_ext.cli.main",
     ]
-    command = [*launch, "vllm_ext.cli.main", "spell", "train", str(model), "--out", str(tmp_path / "two"), *options]
+    command = [*launch, "vllm_ext.cli.main", "heads", "train", str(model), "--out", str(tmp_path / "two"), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines().count(str(tmp_path / "two")) == 1
@@ -245,7 +245,7 @@ def test_thresholds_for_other_text(converted, model, text, tmp_path):
     """They are found anew and kept in the checkpoint; its weights stay, and a model without heads is refused."""
     folder = tmp_path / "spelled"
     shutil.copytree(converted.folder, folder)
-    command = ["spell", "calibrate", str(folder), "--text", str(text), "--tokens", "128", "--length", "32"]
+    command = ["heads", "calibrate", str(folder), "--text", str(text), "--tokens", "128", "--length", "32"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, (result.output, result.exception)
     assert "--head rescored" in result.stdout
@@ -254,7 +254,7 @@ def test_thresholds_for_other_text(converted, model, text, tmp_path):
     before, after = (each.config["vllm_ext"] for each in (converted, made))
     assert after["training"]["calibrated_on"] == {"text": "text.jsonl", "tokens": 128, "written": 0}
     assert {kind: each["tokens"] for kind, each in after["training"]["judged"].items()} == {
-        "char": 128,
+        "character": 128,
         "rescored": 128,
     }
     kinds = [(row["head"], row["agreement"]) for row in after["training"]["calibration"]]
@@ -262,6 +262,6 @@ def test_thresholds_for_other_text(converted, model, text, tmp_path):
     assert {name: after[name] for name in after if name != "training"} == {
         name: before[name] for name in before if name != "training"
     }
-    refused = CliRunner().invoke(app, ["spell", "calibrate", str(model)])
+    refused = CliRunner().invoke(app, ["heads", "calibrate", str(model)])
     assert isinstance(refused.exception, UsageError)
     assert "it has no character heads" in str(refused.exception)

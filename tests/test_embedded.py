@@ -103,18 +103,18 @@ def test_does_not_take_another_plan_for_it(planned, tmp_path):
 
 
 def test_the_spelled_one_has_its_heads_and_their_provenance(tmp_path):
-    checkpoint = Checkpoint.open(str(embedded.fetch_spelled(tmp_path / "spelled")), weights=True)
+    checkpoint = Checkpoint.open(str(embedded.fetch_heads(tmp_path / "spelled")), weights=True)
     checkpoint.check_weights()
     assert checkpoint.head.kind == "rescored"
     training = checkpoint.config["vllm_ext"]["training"]
     settings = {row["head"]: row for row in training["calibration"] if row["agreement"] == 0.98}
     assert all(each["reached"] >= 0.98 for each in settings.values())
-    assert 0 < settings["rescored"]["fallback"] < settings["char"]["fallback"] < 1
-    assert sum(file.stat().st_size for file in embedded.SPELLED.iterdir()) < 20e6
-    assert json.loads((embedded.SPELLED / "config.json").read_text())["training"] == training
+    assert 0 < settings["rescored"]["fallback"] < settings["character"]["fallback"] < 1
+    assert sum(file.stat().st_size for file in embedded.HEADS.iterdir()) < 20e6
+    assert json.loads((embedded.HEADS / "config.json").read_text())["training"] == training
 
 
 def test_a_plan_and_heads_do_not_go_together():
-    result = CliRunner().invoke(app, ["model", "fetch", "--planned", "--spelled"])
+    result = CliRunner().invoke(app, ["model", "fetch", "--planned", "--heads"])
     assert isinstance(result.exception, UsageError)
     assert "the heads are for the model without a plan" in str(result.exception)

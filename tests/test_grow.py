@@ -62,7 +62,7 @@ def test_vocabulary(tmp_path):
     """The heads by themselves, without an engine."""
     out = tmp_path / "vocabulary.png"
     found = drawn(grow("vocabulary", "--out", out, "--point", 512, "--point", 1024), out)
-    assert {"stock", "char", "screened"} <= set(found["measured"])
+    assert {"stock", "character", "screened"} <= set(found["measured"])
     assert found["ideal"]["stock"][1] == pytest.approx(2 * found["ideal"]["stock"][0])
 
 

@@ -12,7 +12,7 @@ from vllm_ext.errors import UsageError
 HEADS = [
     HeadPlan(),
     HeadPlan("screened", shortlist=16),
-    HeadPlan("char", slots=(5, 3), width=7, threshold=0.5),
+    HeadPlan("character", slots=(5, 3), width=7, threshold=0.5),
     HeadPlan("rescored", slots=(5, 3), shortlist=8),
 ]
 
@@ -29,9 +29,9 @@ def test_no_entry_is_the_stock_head():
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ("tree", "head is 'tree'; use one of stock, char, rescored, screened"),
-        ("char", "the checkpoint has no character heads"),
-        ({"kind": "char", "slots": [3], "threshold": 2}, "threshold is 2; it is a probability"),
+        ("tree", "head is 'tree'; use one of stock, character, rescored, screened"),
+        ("character", "the checkpoint has no character heads"),
+        ({"kind": "character", "slots": [3], "threshold": 2}, "threshold is 2; it is a probability"),
         ({"kind": "screened", "shortlist": 0}, "shortlist is 0"),
         ({"kind": "stock", "colour": "red"}, "is no head"),
         (3, "is no head"),
@@ -43,7 +43,7 @@ def test_refuses(entry, message):
 
 
 def test_bytes_are_those_of_the_tensors():
-    head = HeadPlan("char", slots=(5, 3), width=7)
+    head = HeadPlan("character", slots=(5, 3), width=7)
     made = CharacterHead(HeadShape(64, 32, (5, 3), 7), torch.bfloat16)
     assert head.bytes(64, 32, 2) == sum(each.numel() * each.element_size() for each in made.parameters())
     copy = Int4Copy(torch.randn(32, 64))

@@ -15,7 +15,7 @@ from model_executors.attention_plan import LayerPlan
 from tests.command import vllm_ext
 from tests.reference import Reference
 from vllm_ext.checkpoint import Checkpoint, write_planned
-from vllm_ext.embedded.model import fetch_spelled
+from vllm_ext.embedded.model import fetch_heads
 from vllm_ext.errors import UsageError
 from vllm_ext.quality.command import candidates, measure
 from vllm_ext.quality.work import Settings, prepare_work
@@ -151,7 +151,7 @@ def test_refuses_models_that_cannot_be_compared(smollm2, tiny_models, tmp_path):
     ("options", "message"),
     [
         ({"agreements": [0.98]}, "--agreement 0.98: it is for planned checkpoints with character heads; add --planned"),
-        ({"head": "char"}, "--head char: it is for planned checkpoints with character heads; add --planned"),
+        ({"head": "character"}, "--head character: it is for planned checkpoints with character heads; add --planned"),
         ({"head": "rescored", "changes": {29: LayerPlan("skip")}}, "--head rescored: it is for planned checkpoints"),
     ],
 )
@@ -161,15 +161,15 @@ def test_no_option_is_ignored(smollm2, options, message):
 
 
 def test_candidates_by_name(smollm2):
-    spelled = str(fetch_spelled())
+    spelled = str(fetch_heads())
     name = Path(spelled).name
-    found = candidates(str(smollm2), [spelled], {29: LayerPlan("skip")}, "char", [0.98], overlaid="skip 29")
+    found = candidates(str(smollm2), [spelled], {29: LayerPlan("skip")}, "character", [0.98], overlaid="skip 29")
     assert list(found) == [name, f"{name} at 0.98", "skip 29"]
     plain, agreeing, skipped = found.values()
-    assert plain.head.kind == agreeing.head.kind == "char"
+    assert plain.head.kind == agreeing.head.kind == "character"
     assert 0 < agreeing.head.threshold < 1
     assert skipped.plan.skipped == [29]
-    assert not skipped.head.spells
+    assert not skipped.head.is_character
 
 
 def test_refuses_what_vllm_refuses_in_one_line(smollm2, tiny_models, tmp_path):

@@ -9,7 +9,7 @@ from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 
 from model_executors.heads import screened_head
-from model_executors.heads.screened_head import GROUP, Int4Copy, quantize, rescored
+from model_executors.heads.screened_head import GROUP, Int4Copy, quantize, screened_scores
 from model_executors.hooks.whole_rows import Whole, WholeRows, needs_all
 from tests.answers import assert_same
 from tests.engines import NEW_TOKENS, answers, engine, outputs, runner
@@ -54,7 +54,7 @@ def test_what_is_listed_is_exact_and_above_all_else(shortlist):
     approximate = Int4Copy(weight)(states)
     listed = approximate.topk(min(shortlist, 512)).indices
     exact = states.float() @ weight.float().T
-    scores = rescored(approximate.clone(), states, weight, shortlist)
+    scores = screened_scores(approximate.clone(), states, weight, shortlist)
     for row in range(3):
         rest = torch.ones(512, dtype=torch.bool)
         rest[listed[row]] = False
@@ -131,8 +131,8 @@ def test_greedy_answers_are_the_exact_heads(screened, tiny_models, monkeypatch):
     reference = Reference(tiny_models("Llama"), {})
     expected = [reference.answer(prompt, NEW_TOKENS) for prompt in prompts(LENGTHS)]
     calls = []
-    original = screened_head.rescored
-    monkeypatch.setattr(screened_head, "rescored", lambda *args: calls.append(len(args[1])) or original(*args))
+    original = screened_head.screened_scores
+    monkeypatch.setattr(screened_head, "screened_scores", lambda *args: calls.append(len(args[1])) or original(*args))
     sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
     for prompt, answer in zip(prompts(LENGTHS), expected, strict=True):
         (output,) = screened.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)
@@ -143,7 +143,7 @@ def test_greedy_answers_are_the_exact_heads(screened, tiny_models, monkeypatch):
 
 
 def test_more_rows_than_the_kernel_is_good_for_go_to_the_stock_head(screened, tiny_models, monkeypatch):
-    monkeypatch.setattr(screened_head, "rescored", lambda *_: pytest.fail("screened"))
+    monkeypatch.setattr(screened_head, "screened_scores", lambda *_: pytest.fail("screened"))
     many = prompts((5,) * (screened_head.MOST_ROWS + 1))
     reference = Reference(tiny_models("Llama"), {})
     given = outputs(screened, many, 1, prompt_logprobs=False)
@@ -154,8 +154,8 @@ def test_more_rows_than_the_kernel_is_good_for_go_to_the_stock_head(screened, ti
 
 def test_top_k_draws_from_the_exact_best(screened, tiny_models, monkeypatch):
     calls = []
-    original = screened_head.rescored
-    monkeypatch.setattr(screened_head, "rescored", lambda *args: calls.append(len(args[1])) or original(*args))
+    original = screened_head.screened_scores
+    monkeypatch.setattr(screened_head, "screened_scores", lambda *args: calls.append(len(args[1])) or original(*args))
     (prompt,) = prompts((17,))
     row = Reference(tiny_models("Llama"), {}).logprobs(prompt)[-1]
     sampling = SamplingParams(temperature=2.0, top_k=4, max_tokens=1, ignore_eos=True, detokenize=False)

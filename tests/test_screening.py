@@ -3,7 +3,7 @@
 import torch
 
 from model_executors.heads.head_plan import GROUP
-from vllm_ext.heads.screening import NUCLEI, missed
+from vllm_ext.heads.screening import NUCLEI, misses
 
 
 def test_counts_rows_that_miss_some():
@@ -11,7 +11,7 @@ def test_counts_rows_that_miss_some():
     states, weight = torch.randn(64, GROUP, generator=chosen), torch.randn(300, GROUP, generator=chosen)
     exact = states @ weight.T
     approximate = exact + 4 * torch.randn(exact.shape, generator=chosen)
-    found = missed(approximate, states, weight, 40)
+    found = misses(approximate, states, weight, 40)
     assert list(found.tops) == [1, 10]  # four are listed for each of top_k
     greedy, tops, nuclei = 0, dict.fromkeys(found.tops, 0), dict.fromkeys(NUCLEI, 0)
     for row, guess in zip(exact, approximate, strict=True):
@@ -32,5 +32,5 @@ def test_counts_rows_that_miss_some():
 
 def test_nothing_is_missed_where_all_are_listed():
     states, weight = torch.randn(3, GROUP), torch.randn(20, GROUP)
-    found = missed(torch.randn(3, 20), states, weight, 20)
+    found = misses(torch.randn(3, 20), states, weight, 20)
     assert (found.greedy, *found.tops.values(), *found.nuclei.values()) == (0,) * (1 + len(found.tops) + len(NUCLEI))

@@ -14,7 +14,7 @@ from openai import OpenAI
 from model_executors.attention_plan import LayerPlan
 from tests.command import complaint, refused
 from vllm_ext.checkpoint import Checkpoint, write_planned
-from vllm_ext.embedded.model import fetch_spelled
+from vllm_ext.embedded.model import fetch_heads
 from vllm_ext.offline.model import fast_dtype
 from vllm_ext.process import free_port, running
 
@@ -90,7 +90,7 @@ def test_character_heads_count_their_rows(client):
     """At an agreement of 0.98 some rows are spelled and some fall back, and /metrics tells which."""
     port = free_port()
     options = ["--port", str(port), "--served-model-name", "SmolLM2", "--enforce-eager", "--max-model-len", "1024"]
-    command = [*COMMAND, "serve", str(fetch_spelled()), "--agreement", "0.98", *options]
+    command = [*COMMAND, "serve", str(fetch_heads()), "--agreement", "0.98", *options]
     with running(command, port) as url:
         pattern = QUESTION | {"structured_outputs": {"regex": r"\d{3}-\d{3}"}}
         held = httpx.post(f"{url}/v1/chat/completions", json=pattern, timeout=120).json()["choices"][0]
@@ -115,7 +115,7 @@ def test_character_heads_count_their_rows(client):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--head", "char"], "--head char: "),
+        (["--head", "character"], "--head character: "),
         (["--agreement", "0.98"], "--agreement 0.98: it is for character heads"),
     ],
 )
@@ -124,7 +124,7 @@ def test_refuses_heads_that_are_not_there(smollm2, options, message):
 
 
 def test_refuses_an_agreement_that_was_not_calibrated():
-    message = refused("serve", fetch_spelled(), "--agreement", "0.981")
+    message = refused("serve", fetch_heads(), "--agreement", "0.981")
     assert "was calibrated for 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 1; take one of them" in message
 
 

@@ -15,7 +15,7 @@ from model_executors.attention_plan import LayerPlan
 from model_executors.heads.character_head import CharacterHead, with_exact
 from model_executors.heads.exact_rows import exact_scores
 from model_executors.heads.head_plan import HeadShape
-from model_executors.heads.screened_head import Int4Copy, rescored
+from model_executors.heads.screened_head import Int4Copy, screened_scores
 from model_executors.layers.consolidation import Consolidation
 from model_executors.layers.freeze import FrozenUpper, select_rows
 from model_executors.layers.window import WindowAttention
@@ -144,7 +144,7 @@ def test_which_rows_go_on_is_chosen_on_the_host():
 def test_the_screened_head_is_one_graph():
     weight = torch.randn(320, HIDDEN)
     copy = Int4Copy(weight)
-    assert graphs_of(lambda given: rescored(copy(given), given, weight, 16), 2, 3, 4) == 1
+    assert graphs_of(lambda given: screened_scores(copy(given), given, weight, 16), 2, 3, 4) == 1
 
 
 def test_character_heads():
@@ -152,7 +152,7 @@ def test_character_heads():
     heads = CharacterHead(HeadShape(HIDDEN, 50, (5, 5, 5)), torch.float32)
     for name, parameter in heads.named_parameters():
         parameter.data.copy_(spellings if name == "spellings" else torch.randn(parameter.shape))
-    heads.spell()
+    heads.prepare()
     assert graphs_of(heads.forward, 3, 5, 9) == 1
     weight = torch.randn(50, HIDDEN)
 

@@ -6,10 +6,10 @@ from collections import Counter
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
-from typer.testing import CliRunner
 
-from vllm_ext.cli.main import app
+from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.errors import UsageError
+from vllm_ext.heads.inspect import print_inspected
 from vllm_ext.heads.vocabulary import BYTES, END, OWN, CharacterVocabulary, token_bytes
 from vllm_ext.tasks.texts import prose
 
@@ -138,12 +138,10 @@ def test_refuses_tokenizers_that_do_not_tell_bytes():
         CharacterVocabulary.of(words, 1, 0)
 
 
-def test_the_command_prints_the_coverage(smollm2):
-    result = CliRunner().invoke(app, ["spell", "inspect", str(smollm2)])
-    assert result.exit_code == 0, result.output
-    rows = {
-        line.split("│")[1].strip(): line.split("│")[2].strip() for line in result.stdout.splitlines() if "│" in line
-    }
+def test_the_tool_prints_the_coverage(smollm2, capsys):
+    print_inspected(Checkpoint.open(str(smollm2), weights=False), 16)
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split("│")[1].strip(): line.split("│")[2].strip() for line in lines if "│" in line}
     assert rows["tokens"] == "49,152"
     assert rows["symbols of their own: special"] == "17"
     parts = ("spelled to their end", "cut to 16 bytes", "symbols of their own: same beginning")

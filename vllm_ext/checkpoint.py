@@ -184,7 +184,7 @@ class Checkpoint:
 
     def head_shapes(self, head: HeadPlan) -> dict[str, tuple[int, ...]]:
         """The shapes of the tensors that the head needs beside the weights, by name."""
-        if not head.spells:
+        if not head.is_character:
             return {}
         tensors = head.shape(self.config["hidden_size"], self.config["vocab_size"]).tensors
         return {head_tensor_name(name): shape for name, shape in tensors.items()}

@@ -272,7 +272,7 @@ def layer_parts(shape: Shape, plan: AttentionPlan, steps: Sequence[Step]) -> lis
 def _head(shape: Shape, head: HeadPlan, rows: int) -> Part:
     """Of rows that are all answered by the head itself: those that fall back are no part of the ideal."""
     weights = shape.vocab_size * shape.hidden_size
-    if head.spells:
+    if head.is_character:
         # The scores of all tokens are sums of one number a place.
         own = head.bytes(shape.hidden_size, shape.vocab_size, shape.element_bytes)
         places = shape.vocab_size * len(head.slots)

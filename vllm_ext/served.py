@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from model_executors.attention_plan import CONFIG_KEY, AttentionPlan, LayerPlan
-from model_executors.heads.head_plan import SPELLING, HeadPlan, Kind
+from model_executors.heads.head_plan import CHARACTER_HEADS, HeadKind, HeadPlan
 from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.errors import UsageError
 
@@ -36,7 +36,7 @@ class Served:
         cls,
         model: str,
         changes: Mapping[int, LayerPlan] | None = None,
-        head: Kind | None = None,
+        head: HeadKind | None = None,
         agreement: float | None = None,
         *,
         vllm_args: Sequence[str] = (),
@@ -80,7 +80,7 @@ class Served:
         return overrides
 
 
-def _head(checkpoint: Checkpoint, head: Kind | None, agreement: float | None) -> HeadPlan:
+def _head(checkpoint: Checkpoint, head: HeadKind | None, agreement: float | None) -> HeadPlan:
     """The checkpoint's head, or another one in its place, with the threshold for `agreement`.
 
     Raises:
@@ -89,19 +89,21 @@ def _head(checkpoint: Checkpoint, head: Kind | None, agreement: float | None) ->
     """
     written = checkpoint.head
     if head is not None and head != written.kind:
-        if head in SPELLING and not written.slots:
-            raise UsageError(f"--head {head}: {checkpoint.name} has no character heads; train them with vllm-ext spell")
-        written = replace(written, kind=head) if head in SPELLING else HeadPlan(head)
+        if head in CHARACTER_HEADS and not written.slots:
+            raise UsageError(
+                f"--head {head}: {checkpoint.name} has no character heads; train them with vllm-ext heads train"
+            )
+        written = replace(written, kind=head) if head in CHARACTER_HEADS else HeadPlan(head)
     if agreement is None:
         return written
-    if not written.spells:
-        raise UsageError(f"--agreement {agreement:g}: it is for character heads; add --head char, or drop it")
+    if not written.is_character:
+        raise UsageError(f"--agreement {agreement:g}: it is for character heads; add --head character, or drop it")
     calibrated = checkpoint.config[CONFIG_KEY].get("training", {}).get("calibration", ())
-    known = {row["agreement"]: row for row in calibrated if row.get("head", "char") == written.kind}
+    known = {row["agreement"]: row for row in calibrated if row.get("head", "character") == written.kind}
     if not known:
         raise UsageError(
             f"--agreement {agreement:g}: {checkpoint.name} was not calibrated for --head {written.kind}; "
-            "run vllm-ext spell calibrate, or drop it"
+            "run vllm-ext heads calibrate, or drop it"
         )
     if agreement not in known:
         choices = ", ".join(f"{each:g}" for each in sorted(known))

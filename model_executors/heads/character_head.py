@@ -78,7 +78,7 @@ def _upright(rows: torch.Tensor) -> torch.Tensor:
 class CharacterHead(nn.Module):
     """From the model's last state to the log-probabilities of all tokens, normalised over the vocabulary.
 
-    The tensors of `HeadShape.tensors` are its parameters; `spell` must be called once they are there.
+    The tensors of `HeadShape.tensors` are its parameters; `prepare` must be called once they are there.
     """
 
     spelling: Spelling
@@ -95,7 +95,7 @@ class CharacterHead(nn.Module):
             tensor = torch.zeros(size, dtype=torch.int16 if name == "spellings" else dtype)
             self.register_parameter(name, nn.Parameter(tensor.to(device), requires_grad=False))
 
-    def spell(self) -> None:
+    def prepare(self) -> None:
         """Prepare the sums, from `spellings`."""
         self.spelling = Spelling(self.spellings.cpu(), self.shape).to(self.weight.device)
 

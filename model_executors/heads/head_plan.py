@@ -11,10 +11,10 @@ GROUP = 32
 SPELLING_BYTES = 2
 """Of a slot's number."""
 
-Kind = Literal["stock", "char", "rescored", "screened"]
-"""`char` spells the next token, and `rescored` spells a shortlist that the stock head's own rows score."""
-KINDS: tuple[Kind, ...] = get_args(Kind)
-SPELLING: tuple[Kind, ...] = ("char", "rescored")
+HeadKind = Literal["stock", "character", "rescored", "screened"]
+"""`character` spells the next token, and `rescored` spells a shortlist that the stock head's own rows score."""
+HEAD_KINDS: tuple[HeadKind, ...] = get_args(HeadKind)
+CHARACTER_HEADS: tuple[HeadKind, ...] = ("character", "rescored")
 """Those with character heads."""
 
 
@@ -59,7 +59,7 @@ class HeadPlan:
 
     """
 
-    kind: Kind = "stock"
+    kind: HeadKind = "stock"
     slots: tuple[int, ...] = ()
     """Of character heads: how many symbols each place's head tells apart."""
     width: int = 0
@@ -71,11 +71,11 @@ class HeadPlan:
     """Of the rescored and the screened head: how many tokens get their exact scores."""
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"head is {self.kind!r}; use one of {', '.join(KINDS)}")
-        if self.spells and not self.slots:
+        if self.kind not in HEAD_KINDS:
+            raise ValueError(f"head is {self.kind!r}; use one of {', '.join(HEAD_KINDS)}")
+        if self.is_character and not self.slots:
             raise ValueError(
-                f"head is {self.kind} but the checkpoint has no character heads; train them with vllm-ext spell"
+                f"head is {self.kind} but the checkpoint has no character heads; train them with vllm-ext heads train"
             )
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"threshold is {self.threshold!r}; it is a probability, from 0 to 1")
@@ -83,9 +83,9 @@ class HeadPlan:
             raise ValueError(f"shortlist is {self.shortlist!r}; choose 1 or more")
 
     @property
-    def spells(self) -> bool:
+    def is_character(self) -> bool:
         """Whether it has character heads."""
-        return self.kind in SPELLING
+        return self.kind in CHARACTER_HEADS
 
     @classmethod
     def from_hf_config(cls, hf_config: Any) -> Self:
@@ -103,7 +103,7 @@ class HeadPlan:
         """Read the entry `head`: a kind, or an object with the kind and its settings; None is the stock head."""
         settings = {"kind": entry} if isinstance(entry, str) else entry or {}
         if not isinstance(settings, dict) or not settings.keys() <= {field.name for field in fields(cls)}:
-            raise ValueError(f"{entry!r} is no head; use one of {', '.join(KINDS)}, or {{'kind': ...}}")
+            raise ValueError(f"{entry!r} is no head; use one of {', '.join(HEAD_KINDS)}, or {{'kind': ...}}")
         return cls(**settings | {"slots": tuple(settings.get("slots", ()))})
 
     def shape(self, hidden_size: int, vocab_size: int) -> HeadShape:

@@ -46,7 +46,7 @@ class Int4Copy(nn.Module):
         return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.packed, GROUP, self.scales).float()
 
 
-def rescored(
+def screened_scores(
     approximate: torch.Tensor, hidden_states: torch.Tensor, weight: torch.Tensor, shortlist: int
 ) -> torch.Tensor:
     """Put the exact scores of each row's `shortlist` best tokens into `approximate`, `[rows, vocab_size]` in float32.
@@ -87,7 +87,7 @@ class ScreenedMethod(UnquantizedEmbeddingMethod):
                 return super().apply(layer, x, bias)
             approximate = layer.screen(x)
             approximate[:, layer.shard_indices.num_org_elements :] = -torch.inf  # vLLM pads the vocabulary
-            return rescored(approximate, x, layer.weight, self.shortlist)
+            return screened_scores(approximate, x, layer.weight, self.shortlist)
 
 
 def screen(head: Any, vllm_config: VllmConfig) -> None:

@@ -23,7 +23,7 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from model_executors.attention_plan import ARCHITECTURE_PREFIX, CONFIG_KEY, AttentionPlan, tensor_name
 from model_executors.families import Family, family_of
-from model_executors.heads.head import SpellingHead, head_of
+from model_executors.heads.fallback_head import FallbackHead, head_of
 from model_executors.heads.screened_head import screen
 from model_executors.layers.adapters import restrict_adapters
 from model_executors.layers.consolidation import Consolidation
@@ -56,7 +56,7 @@ class AttentionPlanDecoder(nn.Module):
         self.tail: Tail | None = None
         self.freeze: Freeze | None = None
         self.fitted: dict[str, nn.Parameter] = {}
-        self.head: SpellingHead | None = None
+        self.head: FallbackHead | None = None
         for layer in range(self.model.start_layer, self.model.end_layer):
             self._change_layer(layer, vllm_config)
         if get_pp_group().is_last_rank:

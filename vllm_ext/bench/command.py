@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from model_executors.attention_plan import LayerPlan
-from model_executors.heads.head_plan import SPELLING, Kind
+from model_executors.heads.head_plan import CHARACTER_HEADS, HeadKind
 from vllm_ext.bench import machine
 from vllm_ext.bench.report import Row, report, rows, show
 from vllm_ext.bench.run import Candidate, Settings, rounds
-from vllm_ext.bench.shapes import write_shape, write_spelled_shape
+from vllm_ext.bench.shapes import write_shape, write_shape_with_heads
 from vllm_ext.bench.work import Work
 from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.costs import Shape
@@ -46,7 +46,7 @@ class Pair:
         model: str,
         changes: Mapping[int, LayerPlan] | None = None,
         planned: str | None = None,
-        head: Kind | None = None,
+        head: HeadKind | None = None,
         agreement: float | None = None,
         *,
         described: str = "",
@@ -70,7 +70,7 @@ class Pair:
         shape: str,
         scratch: Path,
         changes: Mapping[int, LayerPlan] | None = None,
-        head: Kind | None = None,
+        head: HeadKind | None = None,
         *,
         described: str = "",
     ) -> Self:
@@ -80,10 +80,10 @@ class Pair:
             UsageError: for an unknown shape, or a plan that does not fit it.
 
         """
-        if head in SPELLING:
+        if head in CHARACTER_HEADS:
             if changes is not None:
                 raise UsageError(f"--shape with --head {head}: measure a plan's layers by themselves; drop the layers")
-            stock, spelled = (Served.open(str(folder)) for folder in write_spelled_shape(shape, scratch))
+            stock, spelled = (Served.open(str(folder)) for folder in write_shape_with_heads(shape, scratch))
             return cls(shape, described, stock, Served.open(spelled.model, None, head))
         stock = Served.open(str(write_shape(shape, scratch / "stock")), vllm_args=DUMMY)
         if changes is None:

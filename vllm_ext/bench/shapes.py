@@ -89,7 +89,7 @@ def write_shape(name: str, folder: Path, changes: Mapping[int, LayerPlan] | None
     return folder
 
 
-def write_spelled_shape(name: str, folder: Path) -> tuple[Path, Path]:
+def write_shape_with_heads(name: str, folder: Path) -> tuple[Path, Path]:
     """Write a checkpoint of that shape, and one with character heads beside it, both of random weights.
 
     Raises:
@@ -102,16 +102,16 @@ def write_spelled_shape(name: str, folder: Path) -> tuple[Path, Path]:
     from model_executors.heads.character_head import slots_of
     from model_executors.heads.head_plan import HeadPlan, head_tensor_name
     from vllm_ext.checkpoint import Checkpoint, Trained, write_planned
-    from vllm_ext.heads.conversion import Settings
+    from vllm_ext.heads.conversion import ConversionSettings
     from vllm_ext.heads.timing import random_spellings
 
-    settings = Settings()
+    settings = ConversionSettings()
     stock, spelled = write_shape(name, folder / "stock"), folder / "spelled"
     config = AutoConfig.from_pretrained(stock)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(stock)
     spellings, slots = slots_of(random_spellings(config.vocab_size, settings.positions), settings.positions)
-    head = HeadPlan("char", slots=slots, width=settings.width)
+    head = HeadPlan("character", slots=slots, width=settings.width)
     tensors = {
         head_tensor_name(each): spellings if each == "spellings" else torch.randn(size).bfloat16() / size[-1] ** 0.5
         for each, size in head.shape(config.hidden_size, config.vocab_size).tensors.items()

@@ -97,10 +97,10 @@ def main() -> None:
     """Do what the JSON on stdin's first line asks: a step for each further line, and each measured one told in a line
     to the file descriptor that is named.
     """
-    from model_executors.heads.head import SpellingHead
+    from model_executors.heads.fallback_head import FallbackHead
 
     asked = json.loads(sys.stdin.readline())
-    SpellingHead.compiles = openmp.preloaded()  # this process has one engine
+    FallbackHead.compiles = openmp.preloaded()  # this process has one engine
     engine = make_engine(asked["model"], asked["vllm_args"], asked["overrides"])
     cache = engine.vllm_config.cache_config
     config = engine.vllm_config.model_config

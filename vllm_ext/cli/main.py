@@ -11,7 +11,7 @@ import typer
 
 from model_executors.attention_plan import FULL, AttentionPlan, Consolidation
 from vllm_ext.cli.bench import app as bench_app
-from vllm_ext.cli.heads import app as spell_app
+from vllm_ext.cli.heads import app as heads_app
 from vllm_ext.cli.loadtest import app as loadtest_app
 from vllm_ext.cli.options import VLLM_OPTIONS, Agreement, Data, Freeze, Head, Model, Skip, errors
 from vllm_ext.errors import UsageError
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 model_app = typer.Typer(no_args_is_help=True, help="The embedded default model, SmolLM2-135M-Instruct.")
 app.add_typer(model_app, name="model")
-app.add_typer(spell_app, name="spell")
+app.add_typer(heads_app, name="heads")
 app.add_typer(bench_app)
 app.add_typer(loadtest_app, name="loadtest")
 
@@ -34,18 +34,18 @@ def model_fetch(
     planned: Annotated[
         bool, typer.Option("--planned", help="With the plan that `vllm-ext plan --auto` found for it.")
     ] = False,
-    spelled: Annotated[
-        bool, typer.Option("--spelled", help="With the character heads that `vllm-ext spell train` made for it.")
+    heads: Annotated[
+        bool, typer.Option("--heads", help="With the character heads that `vllm-ext heads train` made for it.")
     ] = False,
 ) -> None:
     """Turn the packaged model into a checkpoint, once, and print its folder."""
-    from vllm_ext.embedded.model import NAME, fetch, fetch_planned, fetch_spelled
+    from vllm_ext.embedded.model import NAME, fetch, fetch_heads, fetch_planned
 
-    if planned and spelled:
-        raise UsageError("--planned --spelled: the heads are for the model without a plan; take one of them")
+    if planned and heads:
+        raise UsageError("--planned --heads: the heads are for the model without a plan; take one of them")
 
     with errors.status(f"{NAME}: out of its package into a checkpoint, about half a minute the first time"):
-        folder = (fetch_planned if planned else fetch_spelled if spelled else fetch)(to)
+        folder = (fetch_planned if planned else fetch_heads if heads else fetch)(to)
     print(folder)
 
 

@@ -18,7 +18,7 @@ Data = Annotated[
 ]
 Freeze = Annotated[str | None, typer.Option(help="Layers that prompt tokens end below: 20-29.")]
 Head = Annotated[
-    Literal["stock", "char", "rescored", "screened"] | None,
+    Literal["stock", "character", "rescored", "screened"] | None,
     typer.Option(
         help="What makes logits: the stock head, the checkpoint's character heads, these with exact scores for their "
         "best 256 tokens, or a screened stock head."

@@ -22,8 +22,8 @@ PACKAGE_VERSION = "0.1.2"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 PLANNED = Path(__file__).parent / "plan"
 """What `vllm-ext plan --auto` found for it: the plan with its provenance, the fitted tensors, and the report."""
-SPELLED = Path(__file__).parent / "heads"
-"""What `vllm-ext spell train` made of it: character heads with their provenance, and the report."""
+HEADS = Path(__file__).parent / "heads"
+"""What `vllm-ext heads train` made of it: character heads with their provenance, and the report."""
 SOURCE = "source.json"
 WEIGHTS = "model.safetensors"
 
@@ -75,9 +75,9 @@ def fetch_planned(folder: Path | None = None) -> Path:
     return _fetch_shipped(PLANNED, "planned", folder)
 
 
-def fetch_spelled(folder: Path | None = None) -> Path:
+def fetch_heads(folder: Path | None = None) -> Path:
     """Make the checkpoint with character heads if it is not there yet, and return its folder; raises the same."""
-    return _fetch_shipped(SPELLED, "spelled", folder)
+    return _fetch_shipped(HEADS, "heads", folder)
 
 
 def _fetch_shipped(shipped: Path, kind: str, folder: Path | None) -> Path:

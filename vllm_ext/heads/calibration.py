@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from model_executors.heads.head_plan import SPELLING, Kind
+from model_executors.heads.head_plan import CHARACTER_HEADS, HeadKind
 
 AGREEMENTS = (0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 1.0)
 TOPS = (4, 16, 64, 256)
@@ -16,7 +16,7 @@ TOPS = (4, 16, 64, 256)
 
 
 @dataclass(frozen=True)
-class Judged:
+class Comparison:
     """Held-out tokens: how the student did, `[tokens]` each."""
 
     confidence: torch.Tensor
@@ -52,7 +52,7 @@ class Judged:
 
 
 @dataclass(frozen=True)
-class Setting:
+class Threshold:
     """A threshold, and what it comes to on the text that it was chosen on."""
 
     agreement: float
@@ -64,18 +64,20 @@ class Setting:
     """The part of tokens that fall back."""
 
 
-def calibrated(judged: Mapping[Kind, Judged]) -> dict[str, Any]:
+def calibrated(judged: Mapping[HeadKind, Comparison]) -> dict[str, Any]:
     """What a checkpoint keeps of how its heads did, by kind."""
-    rows = [{"head": kind} | asdict(each) for kind in judged if kind in SPELLING for each in settings(judged[kind])]
+    rows = [
+        {"head": kind} | asdict(each) for kind in judged if kind in CHARACTER_HEADS for each in thresholds(judged[kind])
+    ]
     return {"judged": {kind: each.figures() for kind, each in judged.items()}, "calibration": rows}
 
 
-def settings(judged: Judged, agreements: Sequence[float] = AGREEMENTS) -> list[Setting]:
+def thresholds(judged: Comparison, agreements: Sequence[float] = AGREEMENTS) -> list[Threshold]:
     """The lowest threshold that reaches each agreement; 1 falls back for all."""
-    return [setting(judged, agreement) for agreement in agreements]
+    return [threshold_for(judged, agreement) for agreement in agreements]
 
 
-def setting(judged: Judged, agreement: float) -> Setting:
+def threshold_for(judged: Comparison, agreement: float) -> Threshold:
     """The lowest threshold that reaches the agreement."""
     tokens = len(judged.confidence)
     confidence, order = judged.confidence.double().sort()
@@ -86,15 +88,15 @@ def setting(judged: Judged, agreement: float) -> Setting:
     left = wrong.sum() - torch.cat([torch.zeros(1, dtype=torch.long), wrong.cumsum(0)])[below]
     reached = (left <= (1 - agreement) * tokens).nonzero()[:, 0]
     if agreement >= 1 or not len(reached):
-        return Setting(agreement, 1.0, 1.0, 1.0)
+        return Threshold(agreement, 1.0, 1.0, 1.0)
     first = reached[0]
-    return Setting(agreement, thresholds[first].item(), 1 - left[first].item() / tokens, below[first].item() / tokens)
+    return Threshold(agreement, thresholds[first].item(), 1 - left[first].item() / tokens, below[first].item() / tokens)
 
 
 def print_calibrated(found: Mapping[str, Any], name: str) -> None:
     """How often each kind of head is right, and what falls back for each agreement."""
     table = Table(title=f"{name}: rows that fall back to the stock head, for an agreement with it")
-    heads = [kind for kind in found["judged"] if kind in SPELLING]
+    heads = [kind for kind in found["judged"] if kind in CHARACTER_HEADS]
     for column in ("--agreement", *(f"--head {kind}" for kind in heads)):
         table.add_column(column, justify="right")
     table.add_row("without fallback", *(f"agrees {found['judged'][kind]['agreement']:.3f}" for kind in heads))

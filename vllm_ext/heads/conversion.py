@@ -1,4 +1,4 @@
-"""`vllm-ext spell train`: a checkpoint converted by self-distillation, from its text to its card."""
+"""`vllm-ext heads train`: a checkpoint converted by self-distillation, from its text to its card."""
 
 import hashlib
 import json
@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from model_executors.attention_plan import CONFIG_KEY, AttentionPlan
 from model_executors.heads.character_head import rescore, slots_of
-from model_executors.heads.head_plan import SPELLING, HeadPlan, HeadShape, Kind
+from model_executors.heads.head_plan import CHARACTER_HEADS, HeadKind, HeadPlan, HeadShape
 from vllm_ext.checkpoint import FITTED, Checkpoint, Trained, check_out, write_planned
 from vllm_ext.errors import UsageError
 from vllm_ext.heads import calibration, training
 from vllm_ext.heads.report import write as write_report
-from vllm_ext.heads.states import Part, States, collect
+from vllm_ext.heads.states import States, StudentLayers, collect
 from vllm_ext.heads.student import Student, begin, new_head
 from vllm_ext.heads.training import begun
 from vllm_ext.heads.vocabulary import POSITIONS, CharacterVocabulary
@@ -34,17 +34,17 @@ from vllm_ext.versions import offline_versions
 
 PASSAGES = "passages.safetensors"
 TEXT = "text.json"
-SPELLED_BY: Kind = "rescored"
+SERVED_WITH: HeadKind = "rescored"
 """What a converted checkpoint is served with, unless another head is asked for."""
 HELD_OUT_PART = 10
 """One text in so many of the user's is held out."""
 
 
 @dataclass(frozen=True)
-class Settings:
+class ConversionSettings:
     """What is converted, and on what."""
 
-    head: Literal["char", "stock"] = "char"
+    head: Literal["character", "stock"] = "character"
     positions: int = POSITIONS
     width: int = 1_536
     """Of the gated block before the heads."""
@@ -66,8 +66,8 @@ class Settings:
 def convert(
     source: Checkpoint,
     planned: Checkpoint | None,
-    settings: Settings,
-    trained: training.Settings,
+    settings: ConversionSettings,
+    trained: training.TrainingSettings,
     out: Path,
     command: Sequence[str],
 ) -> Path | None:
@@ -93,12 +93,12 @@ def convert(
         model = OfflineModel(source)
         plan = AttentionPlan.of(source.num_layers) if planned is None or planned.plan is None else planned.plan
         fitted = _fitted(planned)
-        part = Part(settings.layers, dict(enumerate(plan.layers)), fitted)
+        part = StudentLayers(settings.layers, dict(enumerate(plan.layers)), fitted)
         states = collect(model, passages, work / "states", part)
         kept = collect(model, held_out, work / "held-out", part)
     head = None
     torch.manual_seed(trained.seed)
-    if settings.head == "char":
+    if settings.head == "character":
         vocabulary = CharacterVocabulary.of(tokenizer, source.config["vocab_size"], settings.positions)
         spellings, slots = slots_of(vocabulary.spellings, settings.positions)
         shape = HeadShape(source.config["hidden_size"], source.config["vocab_size"], slots, settings.width)
@@ -120,7 +120,7 @@ def convert(
         "versions": {**offline_versions(), "accelerate": version("accelerate")},
     }
     plan_of_head = (
-        HeadPlan(SPELLED_BY, slots=head.shape.slots, width=head.shape.width) if head is not None else HeadPlan()
+        HeadPlan(SERVED_WITH, slots=head.shape.slots, width=head.shape.width) if head is not None else HeadPlan()
     )
     made = Trained(plan_of_head, student.head_tensors(), student.layer_tensors(), provenance)
     fit = None if not plan.fitted else Fit(fitted, planned.config[CONFIG_KEY]["fit"])  # type: ignore[union-attr]
@@ -129,11 +129,13 @@ def convert(
 
 
 @torch.no_grad()
-def judge(student: Student, states: States, passages: torch.Tensor) -> dict[Kind, calibration.Judged]:
+def judge(student: Student, states: States, passages: torch.Tensor) -> dict[HeadKind, calibration.Comparison]:
     """How the student does on passages `[passages, length]`, a passage at a time: by the kind of its head, and where it
     has character heads, also with the exact scores of the best they spell.
     """
-    parts: dict[Kind, list[calibration.Judged]] = {kind: [] for kind in (SPELLING if student.head else ("stock",))}
+    parts: dict[HeadKind, list[calibration.Comparison]] = {
+        kind: [] for kind in (CHARACTER_HEADS if student.head else ("stock",))
+    }
     with progress() as bars:
         for number in bars.track(range(len(passages)), description="judging"):
             entered = None if student.pointwise else student.model.enter(passages[number : number + 1])
@@ -144,8 +146,8 @@ def judge(student: Student, states: States, passages: torch.Tensor) -> dict[Kind
                 confidence = None
                 if kind == "rescored":
                     confidence = rescore(scores, HeadPlan.shortlist, partial(teacher.gather, 1))
-                judged.append(calibration.Judged.of(scores, teacher, confidence))
-    return {kind: calibration.Judged.join(judged) for kind, judged in parts.items()}
+                judged.append(calibration.Comparison.of(scores, teacher, confidence))
+    return {kind: calibration.Comparison.join(judged) for kind, judged in parts.items()}
 
 
 def _fitted(planned: Checkpoint | None) -> dict[str, torch.Tensor]:
@@ -156,7 +158,7 @@ def _fitted(planned: Checkpoint | None) -> dict[str, torch.Tensor]:
 
 
 def _passages(
-    source: Checkpoint, tokenizer: Any, settings: Settings, seed: int, work: Path
+    source: Checkpoint, tokenizer: Any, settings: ConversionSettings, seed: int, work: Path
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """To train on, and held out: `[passages, length]` each; what was made of an interrupted run is taken as it is."""
     if (work / PASSAGES).is_file():

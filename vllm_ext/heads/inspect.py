@@ -1,14 +1,15 @@
-"""`vllm-ext spell inspect`: how a model's tokens are spelled, and what k heads over bytes would weigh."""
+"""How tokens are spelled, and what k heads over bytes would weigh: `python -m vllm_ext.heads.inspect MODEL`."""
 
 from collections import Counter
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
 from vllm_ext.checkpoint import Checkpoint
-from vllm_ext.errors import UsageError
-from vllm_ext.heads.vocabulary import OWN, CharacterVocabulary
+from vllm_ext.errors import UsageError, run_tool
+from vllm_ext.heads.vocabulary import OWN, POSITIONS, CharacterVocabulary
 from vllm_ext.tasks import texts
 
 EXAMPLES = 5
@@ -66,3 +67,15 @@ def _vocabulary(source: Checkpoint, positions: int) -> tuple[CharacterVocabulary
     except (OSError, ValueError) as error:
         raise UsageError(f"model {source.name}: no tokenizer is to be had; add its files") from error
     return CharacterVocabulary.of(tokenizer, source.config["vocab_size"], positions), tokenizer
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="A checkpoint's folder.")],
+    positions: Annotated[int, typer.Option(help="How many bytes of a token are spelled.")] = POSITIONS,
+) -> None:
+    """Print how MODEL's tokens are spelled, and which are not to their end."""
+    print_inspected(Checkpoint.open(model, weights=False), positions)
+
+
+if __name__ == "__main__":
+    run_tool(main)

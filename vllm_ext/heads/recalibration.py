@@ -1,4 +1,4 @@
-"""`vllm-ext spell calibrate`: thresholds for text of one's own, of character heads that are trained already."""
+"""`vllm-ext heads calibrate`: thresholds for text of one's own, of character heads that are trained already."""
 
 import json
 import tempfile
@@ -14,7 +14,7 @@ from vllm_ext.checkpoint import CONFIG, FITTED, Checkpoint
 from vllm_ext.errors import UsageError
 from vllm_ext.heads import calibration
 from vllm_ext.heads.conversion import judge
-from vllm_ext.heads.states import Part, collect
+from vllm_ext.heads.states import StudentLayers, collect
 from vllm_ext.heads.student import Student, new_head
 from vllm_ext.heads.writing import write
 from vllm_ext.offline.model import OfflineModel, read_tokenizer
@@ -29,8 +29,8 @@ def recalibrate(source: Checkpoint, text: Path | None, tokens: int, written: int
         UsageError: for a checkpoint without heads, or one whose layers were trained with them: its teacher is gone.
 
     """
-    if not source.head.spells or source.folder is None:
-        raise UsageError(f"model {source.name}: it has no character heads; train them with vllm-ext spell train")
+    if not source.head.is_character or source.folder is None:
+        raise UsageError(f"model {source.name}: it has no character heads; train them with vllm-ext heads train")
     section = source.config[CONFIG_KEY]
     if section["training"].get("settings", {}).get("layers"):
         raise UsageError(f"model {source.name}: its layers were trained with the heads, so its teacher is not in it")
@@ -48,7 +48,9 @@ def recalibrate(source: Checkpoint, text: Path | None, tokens: int, written: int
     for name, parameter in head.named_parameters():
         parameter.data.copy_(fitted[head_tensor_name(name)])
     with tempfile.TemporaryDirectory() as folder:
-        judged = judge(Student(model, Part(), head), collect(model, passages, Path(folder), Part()), passages)
+        judged = judge(
+            Student(model, StudentLayers(), head), collect(model, passages, Path(folder), StudentLayers()), passages
+        )
     found = calibration.calibrated(judged)
     name = texts.prose_source() if text is None else text.name
     section["training"] |= {**found, "calibrated_on": {"text": name, "tokens": passages.numel(), "written": written}}

@@ -19,7 +19,7 @@ FILE = "states.bin"
 
 
 @dataclass(frozen=True)
-class Part:
+class StudentLayers:
     """What of a model the student runs before its head."""
 
     layers: int = 0
@@ -50,7 +50,7 @@ def collect(
     model: OfflineModel,
     passages: torch.Tensor,
     folder: Path,
-    part: Part,
+    part: StudentLayers,
 ) -> States:
     """The states of `passages` `[passages, length]`; an interrupted collection goes on where it stopped."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ def collect(
 
 
 @torch.no_grad()
-def _states(model: OfflineModel, passages: torch.Tensor, part: Part) -> torch.Tensor:
+def _states(model: OfflineModel, passages: torch.Tensor, part: StudentLayers) -> torch.Tensor:
     """`[passages, length, kinds, hidden_size]`"""
     entered = model.enter(passages.to(model.device))
     kept: list[torch.Tensor] = []

@@ -10,7 +10,7 @@ from torch import nn
 
 from model_executors.heads.character_head import PAD, CharacterHead
 from model_executors.heads.head_plan import HeadShape, head_tensor_name
-from vllm_ext.heads.states import Part
+from vllm_ext.heads.states import StudentLayers
 from vllm_ext.offline.model import Changed, Entered, OfflineModel
 
 ROWS_AT_ONCE = 128
@@ -52,7 +52,7 @@ class Student(nn.Module):
     `head` is None where the stock head is kept, and only layers are trained.
     """
 
-    def __init__(self, model: OfflineModel, part: Part, head: CharacterHead | None, lora: int = 0) -> None:
+    def __init__(self, model: OfflineModel, part: StudentLayers, head: CharacterHead | None, lora: int = 0) -> None:
         """`lora` is the rank of adapters that are trained in place of the layers' weights; 0 is none."""
         super().__init__()
         self.parts, self.part, self.head = (model,), part, head
@@ -170,7 +170,7 @@ def new_head(shape: HeadShape, spellings: torch.Tensor, device: torch.device) ->
     """A head in float32, to be trained."""
     head = CharacterHead(shape, torch.float32, device)
     head.spellings.data.copy_(spellings)
-    head.spell()
+    head.prepare()
     return head
 
 

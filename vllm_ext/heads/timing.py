@@ -1,21 +1,27 @@
-"""`vllm-ext spell time`: heads by themselves, in turn in one process, on random weights and states."""
+"""Heads by themselves, in turn in one process, on random weights: `python -m vllm_ext.heads.timing [MODEL]`."""
 
 import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Annotated, Literal
 
 import torch
+import typer
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from model_executors.heads.character_head import CharacterHead, rescore, slots_of
 from model_executors.heads.exact_rows import exact_scores
-from model_executors.heads.head_plan import HeadPlan, HeadShape
-from model_executors.heads.screened_head import Int4Copy, rescored
+from model_executors.heads.head_plan import GROUP, HeadPlan, HeadShape
+from model_executors.heads.screened_head import Int4Copy, screened_scores
 from vllm_ext import openmp
+from vllm_ext.checkpoint import Checkpoint
+from vllm_ext.errors import UsageError, run_tool
+from vllm_ext.heads.vocabulary import POSITIONS, CharacterVocabulary
+from vllm_ext.offline.model import read_tokenizer
 from vllm_ext.progress import progress
 
 Head = Callable[[torch.Tensor], torch.Tensor]
@@ -32,24 +38,24 @@ def heads_of(
     """A stock head, and those in its place, for a vocabulary that is spelled so."""
     found, slots = slots_of(spellings, places)
     weight = torch.randn(len(spellings), hidden_size).to(dtype)
-    char = CharacterHead(HeadShape(hidden_size, len(spellings), slots, width), dtype)
-    for name, parameter in char.named_parameters():
+    character = CharacterHead(HeadShape(hidden_size, len(spellings), slots, width), dtype)
+    for name, parameter in character.named_parameters():
         parameter.data.copy_(found if name == "spellings" else torch.randn(parameter.shape) / 8)
-    char.spell()
+    character.prepare()
     if openmp.preloaded():
-        char.spelling.compile_sums()
+        character.spelling.compile_sums()
     copy, shortlist = Int4Copy(weight), HeadPlan.shortlist
 
     def spelled_and_rescored(states: torch.Tensor) -> torch.Tensor:
-        scores = char(states)
+        scores = character(states)
         rescore(scores, shortlist, partial(exact_scores, states, weight))
         return scores
 
     return {
         "stock": lambda states: nn.functional.linear(states, weight),
-        "char": char,
+        "character": character,
         "rescored": spelled_and_rescored,
-        "screened": lambda states: rescored(copy(states), states, weight, shortlist),
+        "screened": lambda states: screened_scores(copy(states), states, weight, shortlist),
     }
 
 
@@ -94,3 +100,39 @@ def print_measured(medians: Mapping[str, Sequence[float]], rows: Sequence[int], 
         shown = (f"{times[at]:.2f} ms, {times[at] / stock:.2f}x" for times in medians.values())
         table.add_row(str(number), *shown)
     Console().print(table)
+
+
+def main(
+    model: Annotated[
+        str | None, typer.Argument(help="A checkpoint's folder, whose tokenizer and sizes to take.")
+    ] = None,
+    vocab_size: Annotated[int, typer.Option(min=2, help="Without MODEL: tokens, spelled at random.")] = 128256,
+    hidden_size: Annotated[int, typer.Option(min=GROUP, help="Without MODEL.")] = 2048,
+    positions: Annotated[int, typer.Option(min=2, help="How many bytes of a token are spelled.")] = POSITIONS,
+    width: Annotated[int, typer.Option(min=0, help="Of the gated block before the heads; 0 is none.")] = 1536,
+    rows: Annotated[list[int] | None, typer.Option(help="Rows of logits at once; by default 1, 4 and 32.")] = None,
+    dtype: Annotated[
+        Literal["bfloat16", "float32"], typer.Option(help="Of weights and states; float32 where bfloat16 is slow.")
+    ] = "bfloat16",
+) -> None:
+    """Time a stock head and those in its place beside each other, with random weights.
+
+    As in vLLM's workers, sums are compiled where torch's OpenMP is preloaded: LD_PRELOAD=.../torch/lib/libgomp.so.1.
+    """
+    spellings: Sequence[Sequence[int]]
+    if model is None:
+        spellings = random_spellings(vocab_size, positions)
+    else:
+        source = Checkpoint.open(model, weights=True)
+        vocab_size, hidden_size = source.config["vocab_size"], source.config["hidden_size"]
+        spellings = CharacterVocabulary.of(read_tokenizer(source), vocab_size, positions).spellings
+    if hidden_size % GROUP:
+        raise UsageError(f"--hidden-size {hidden_size}: the screened head needs a multiple of {GROUP}")
+    chosen = rows or [1, 4, 32]
+    kind = getattr(torch, dtype)
+    medians = measure(heads_of(hidden_size, spellings, positions, width, kind), hidden_size, chosen, kind)
+    print_measured(medians, chosen, f"heads of {vocab_size:,} tokens, {hidden_size:,} wide, {dtype}")
+
+
+if __name__ == "__main__":
+    run_tool(main)

@@ -33,7 +33,7 @@ WARM_UP = 0.03
 
 
 @dataclass(frozen=True)
-class Settings:
+class TrainingSettings:
     """How a student is trained.
 
     Raises:
@@ -67,8 +67,8 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Given:
-    """A batch: `[rows, hidden_size]`, or `[passages, length, hidden_size]` where the trained layers attend."""
+class Batch:
+    """`[rows, hidden_size]`, or `[passages, length, hidden_size]` where the trained layers attend."""
 
     entering: torch.Tensor
     leaving: torch.Tensor
@@ -81,7 +81,7 @@ class Batches:
     Tokens are drawn one by one, or passages where the trained layers attend; of every epoch each is drawn once.
     """
 
-    def __init__(self, student: Student, states: States, passages: torch.Tensor, settings: Settings) -> None:
+    def __init__(self, student: Student, states: States, passages: torch.Tensor, settings: TrainingSettings) -> None:
         self.student, self.states, self.passages, self.settings = student, states, passages, settings
         self.size = settings.batch // (1 if student.pointwise else passages.shape[1])
         self.number = passages.numel() if student.pointwise else len(passages)
@@ -92,7 +92,7 @@ class Batches:
             )
         self.epoch, self.order = -1, torch.empty(0)
 
-    def __call__(self, step: int, share: tuple[int, int] = (0, 1)) -> Given:
+    def __call__(self, step: int, share: tuple[int, int] = (0, 1)) -> Batch:
         """`share` is which process asks, and of how many: each gets its own rows."""
         epoch, part = divmod(step, self.number // self.size)
         if epoch != self.epoch:
@@ -102,23 +102,23 @@ class Batches:
         device = self.student.model.device
         if not self.student.pointwise:
             entered = self.student.model.enter(self.passages[which].to(device))
-            return Given(self.states.entering[which].to(device), self.states.leaving[which].to(device), entered)
+            return Batch(self.states.entering[which].to(device), self.states.leaving[which].to(device), entered)
         entering, leaving = (state.to(device) for state in rows(self.states, which))
         if self.settings.noise and not self.student.part.layers:
             generator = torch.Generator().manual_seed((self.settings.seed << 32) + step * share[1] + share[0])
             noise = torch.randn(leaving.shape, generator=generator).to(leaving)
             entering = leaving = leaving + self.settings.noise * leaving.std(0) * noise
-        return Given(entering, leaving)
+        return Batch(entering, leaving)
 
 
-def loss_of(student: nn.Module, model: OfflineModel, given: Given, settings: Settings) -> torch.Tensor:
+def loss_of(student: nn.Module, model: OfflineModel, batch: Batch, settings: TrainingSettings) -> torch.Tensor:
     """Nats a token: the divergence from the teacher, or the cross-entropy of its top token's places, summed."""
-    leaving = given.leaving.flatten(0, -2)
+    leaving = batch.leaving.flatten(0, -2)
     if settings.loss == "vocabulary":
-        return student(given.entering, given.entered, leaving=leaving, temperature=settings.temperature)
+        return student(batch.entering, batch.entered, leaving=leaving, temperature=settings.temperature)
     with torch.no_grad():
         best = torch.cat([logits.argmax(-1) for logits in model.logits(leaving)])
-    return -student(given.entering, given.entered, tokens=best).mean()
+    return -student(batch.entering, batch.entered, tokens=best).mean()
 
 
 def rate(step: int, steps: int) -> float:
@@ -144,7 +144,7 @@ def begun(file: Path, settings: dict[str, Any]) -> None:
     file.write_text(written)
 
 
-def train(student: Student, states: States, passages: torch.Tensor, settings: Settings, out: Path) -> None:
+def train(student: Student, states: States, passages: torch.Tensor, settings: TrainingSettings, out: Path) -> None:
     """Train for `settings.steps`; goes on from what is saved in `out`, where the curve and TensorBoard's files are too.
 
     `passages` `[passages, length]` are the tokens that the states are of.
@@ -166,7 +166,7 @@ def train(student: Student, states: States, passages: torch.Tensor, settings: Se
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: rate(step, settings.steps))
     running, optimizer = accelerator.prepare(student, adam)
     accelerator.register_for_checkpointing(schedule)
-    accelerator.init_trackers("spell", asdict(settings))
+    accelerator.init_trackers("heads", asdict(settings))
     share = (accelerator.process_index, accelerator.num_processes)
     saved, done = out / SAVED, 0
     begun(out / "training.json", asdict(settings))
@@ -179,8 +179,8 @@ def train(student: Student, states: States, passages: torch.Tensor, settings: Se
             losses = []
             for part in range(settings.accumulation):
                 with accelerator.accumulate(running):
-                    given = batches(step * settings.accumulation + part, share)
-                    loss = loss_of(running, student.model, given, settings)
+                    batch = batches(step * settings.accumulation + part, share)
+                    loss = loss_of(running, student.model, batch, settings)
                     accelerator.backward(loss)
                     if accelerator.sync_gradients:
                         accelerator.clip_grad_norm_(trained, CLIPPED)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from model_executors.attention_plan import LayerPlan
-from model_executors.heads.head_plan import SPELLING, Kind
+from model_executors.heads.head_plan import CHARACTER_HEADS, HeadKind
 from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.errors import UsageError, one_line
 from vllm_ext.progress import progress
@@ -27,7 +27,7 @@ def candidates(
     model: str,
     planned: Sequence[str] = (),
     changes: Mapping[int, LayerPlan] | None = None,
-    head: Kind | None = None,
+    head: HeadKind | None = None,
     agreements: Sequence[float] = (),
     *,
     overlaid: str = "",
@@ -42,7 +42,7 @@ def candidates(
         UsageError: for options that nothing is there for, two of one name, or what does not fit.
 
     """
-    spelling, own = (head, None) if head in SPELLING else (None, head)
+    spelling, own = (head, None) if head in CHARACTER_HEADS else (None, head)
     for option, value in (("--head", spelling), ("--agreement", next(iter(agreements), None))):
         if value is not None and not planned:
             raise UsageError(

@@ -9,9 +9,9 @@ from vllm import SamplingParams
 
 from model_executors.attention_plan import LayerPlan
 from tests.answers import assert_same
+from tests.character_heads import CharacterReference, write_with_heads
 from tests.engines import NEW_TOKENS, answers, engine
 from tests.reference import Reference
-from tests.spelled import SpelledReference, write_spelled
 from tests.tiny import prompts
 from vllm_ext.checkpoint import Checkpoint
 
@@ -28,10 +28,10 @@ def spelled(tiny_models, tmp_path_factory):
     """The tiny Llama with a plan, random heads and a threshold."""
     root = tmp_path_factory.mktemp("spelled")
 
-    def folder(name, threshold, kind="char"):
+    def folder(name, threshold, kind="character"):
         out = root / f"{name}-{threshold}-{kind}"
         if not out.exists():
-            write_spelled(tiny_models("Llama"), out, PLANS[name], threshold, kind)
+            write_with_heads(tiny_models("Llama"), out, PLANS[name], threshold, kind)
         return out
 
     return folder
@@ -40,7 +40,7 @@ def spelled(tiny_models, tmp_path_factory):
 @cache
 def expected_of(folder, name):
     """What the plain loop answers, and how many of its last rows fell back."""
-    reference = SpelledReference(folder, PLANS[name])
+    reference = CharacterReference(folder, PLANS[name])
     found = [reference.answer(prompt, NEW_TOKENS) for prompt in prompts(LENGTHS)]
     return found, reference.fallbacks
 
@@ -88,14 +88,14 @@ def test_compiled_for_one_sequence_at_a_time(spelled):
 @pytest.mark.parametrize(
     ("split", "kind"),
     [
-        pytest.param("tensor", "char", marks=pytest.mark.nightly),
+        pytest.param("tensor", "character", marks=pytest.mark.nightly),
         ("tensor", "rescored"),
         ("pipeline", "rescored"),
     ],
 )
 def test_on_two_ranks(spelled, monkeypatch, split, kind):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    folder = spelled("tail", 0.3 if kind == "char" else 0.85, kind)
+    folder = spelled("tail", 0.3 if kind == "character" else 0.85, kind)
     expected, _ = expected_of(folder, "tail")
     settings = {f"{split}_parallel_size": 2, "distributed_executor_backend": "mp"}
     with engine(folder, **settings, enforce_eager=split == "tensor") as llm:
@@ -106,7 +106,7 @@ def test_ngram_speculation(spelled, monkeypatch):
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     repeating = [prompt * 6 for prompt in prompts((3, 7, 11))]
     speculation = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
-    reference = SpelledReference(spelled("tail", 0.3), PLANS["tail"])
+    reference = CharacterReference(spelled("tail", 0.3), PLANS["tail"])
     with engine(spelled("tail", 0.3), speculative_config=speculation) as llm:
         given = answers(llm, repeating, max_tokens=16, prompt_logprobs=False)
     assert [each.tokens for each in given] == [reference.answer(prompt, 16).tokens for prompt in repeating]
@@ -117,7 +117,7 @@ def test_the_whole_sampler_works(spelled):
     (prompt,) = prompts((16,))
     asked = [{"prompt_token_ids": prompt}]
     plain = {"temperature": 0, "max_tokens": 6, "ignore_eos": True, "detokenize": False}
-    reference = SpelledReference(spelled("full", 0.0), {})
+    reference = CharacterReference(spelled("full", 0.0), {})
     row = reference.logprobs(prompt)[-1]
     with engine(spelled("full", 0.0)) as llm:
 
@@ -141,6 +141,6 @@ def test_the_whole_sampler_works(spelled):
 
 def test_a_checkpoint_without_its_heads_is_refused(spelled, tmp_path):
     source = Checkpoint.open(str(spelled("full", 0.0)), weights=True)
-    assert source.head.kind == "char"
+    assert source.head.kind == "character"
     assert re.match(r"^\(\d+(, \d+)*\)$", str(source.head.slots))
     assert torch.Size(source.head_shapes(source.head)["vllm_ext.head.spellings"])[0] == 256

@@ -23,7 +23,7 @@ StockHead = Callable[[torch.Tensor], torch.Tensor | None]
 """`[rows, hidden_size]` to `[rows, vocab_size]`; None on a tensor-parallel rank that does not sample."""
 
 
-class SpellingHead(nn.Module):
+class FallbackHead(nn.Module):
     """Character heads (*SpeLLM*, arXiv 2507.16323); rows whose spelling is unsure go to the stock head.
 
     The stock head's own rows score the best spelled tokens where the plan says so.
@@ -54,7 +54,7 @@ class SpellingHead(nn.Module):
 
     def loaded(self) -> None:
         """To be called once the tensors are there."""
-        self.heads.spell()
+        self.heads.prepare()
         if self.compiles and not self.ngrams and self.heads.weight.device.type == "cpu":
             self.heads.spelling.compile_sums()  # vLLM's n-gram proposer has numba's threads to itself
 
@@ -80,7 +80,7 @@ class SpellingHead(nn.Module):
         return scores
 
 
-def head_of(vllm_config: VllmConfig, model: nn.Module) -> SpellingHead | None:
+def head_of(vllm_config: VllmConfig, model: nn.Module) -> FallbackHead | None:
     """The character heads that the model's configuration asks for; None where the stock head is asked.
 
     Raises:
@@ -88,7 +88,7 @@ def head_of(vllm_config: VllmConfig, model: nn.Module) -> SpellingHead | None:
 
     """
     plan = HeadPlan.from_hf_config(vllm_config.model_config.hf_config)
-    if not plan.spells:
+    if not plan.is_character:
         return None
     stock = (getattr(model, name, None) for name in ("lm_head", "logits_processor"))
-    return SpellingHead(plan, vllm_config, ExactRows(*stock) if plan.kind == "rescored" else None)
+    return FallbackHead(plan, vllm_config, ExactRows(*stock) if plan.kind == "rescored" else None)

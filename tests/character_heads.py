@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from model_executors.attention_plan import LayerPlan
 from model_executors.heads.character_head import slots_of
-from model_executors.heads.head_plan import HeadPlan, HeadShape, Kind, head_tensor_name
+from model_executors.heads.head_plan import HeadKind, HeadPlan, HeadShape, head_tensor_name
 from tests.fitted import write_random
 from tests.reference import Reference
 from vllm_ext.checkpoint import Checkpoint, Trained, write_planned
@@ -42,8 +42,8 @@ def random_tensors(shape: HeadShape, spellings: torch.Tensor, seed: int = 0) -> 
     return {"spellings": spellings, **tensors}
 
 
-def write_spelled(
-    stock: Path, out: Path, changes: Mapping[int, LayerPlan], threshold: float = 0.0, kind: Kind = "char"
+def write_with_heads(
+    stock: Path, out: Path, changes: Mapping[int, LayerPlan], threshold: float = 0.0, kind: HeadKind = "character"
 ) -> Path:
     """Write `stock` with a random plan as `write_random` does, and random character heads."""
     source = Checkpoint.open(str(stock), weights=True)
@@ -59,7 +59,9 @@ def write_spelled(
     return out
 
 
-def spelled_logprobs(tensors: Mapping[str, torch.Tensor], slots: tuple[int, ...], state: torch.Tensor) -> torch.Tensor:
+def character_logprobs(
+    tensors: Mapping[str, torch.Tensor], slots: tuple[int, ...], state: torch.Tensor
+) -> torch.Tensor:
     """`[hidden_size]` to `[vocab_size]`, token by token and symbol by symbol."""
     if "gate_up" in tensors:
         gate, up = (tensors["gate_up"] @ state).chunk(2)
@@ -80,7 +82,7 @@ def rescored_row(spelled: torch.Tensor, exact: torch.Tensor, shortlist: int) -> 
     return row
 
 
-class SpelledReference(Reference):
+class CharacterReference(Reference):
     """A model whose head spells, and falls back to its own head below a threshold."""
 
     def __init__(self, folder: Path, changes: Mapping[int, LayerPlan]) -> None:
@@ -95,7 +97,7 @@ class SpelledReference(Reference):
     def logprobs(self, tokens: list[int]) -> torch.Tensor:
         """`[num_tokens, vocab_size]`"""
         states = self.model.model(torch.tensor([tokens]), use_cache=False).last_hidden_state[0]
-        rows = [spelled_logprobs(self.tensors, self.head.slots, state) for state in states]
+        rows = [character_logprobs(self.tensors, self.head.slots, state) for state in states]
         stock = self.model.lm_head(states).float().log_softmax(-1)
         if self.head.kind == "rescored":
             sure = [row.exp().sort(descending=True).values[: self.head.shortlist].sum().item() for row in rows]
