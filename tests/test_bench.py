@@ -23,6 +23,7 @@ from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.cli.bench import app
 from vllm_ext.costs import Step
 from vllm_ext.errors import UsageError
+from vllm_ext.served import Served
 
 COMMAND = [sys.executable, "-m", "vllm_ext.cli.main"]
 
@@ -174,24 +175,30 @@ def test_prompts_are_cut_from_prose_where_there_is_some():
 def test_interleaved_engines_take_turns(tiny_models, monkeypatch):
     """Two engines of one round, and whose step was timed when."""
     turns = []
-    advance = bench_run._Engine.advance
+    advance = bench_run.Measurement.advance
 
     def noted(engine):
         work = advance(engine)
-        turns.append((engine.asked["overrides"].get("name"), work))
+        turns.append((str(min(engine.candidate.prose)), work))
         return work
 
-    monkeypatch.setattr(bench_run._Engine, "advance", noted)
+    monkeypatch.setattr(bench_run.Measurement, "advance", noted)
     options = ["--skip-tokenizer-init", "--enforce-eager", "--dtype", "float32", "--max-model-len", "128"]
     model = str(tiny_models("Llama"))
-    two = {name: Candidate(model, {"name": name}, options) for name in ("a", "b")}
+    served = Served.open(model)
+    two = {name: Candidate(served, options, [int(name)] * 99) for name in ("1", "2")}
     found = rounds(two, Settings(("prefill:16", "decode:1x16"), 1, 2, interleaved=True))
-    assert turns == [(name, work) for work in (*["prefill:16"] * 2, *["decode:1x16"] * 32, None) for name in ("a", "b")]
+    assert turns == [(name, work) for work in (*["prefill:16"] * 2, *["decode:1x16"] * 32, None) for name in two]
     for (measured,) in found.values():
         assert {work: len(seconds) for work, seconds in measured.seconds.items()} == {
             "prefill:16": 2,
             "decode:1x16": 32,
         }
         assert measured.peak_bytes > 0
-    with pytest.raises(UsageError, match="an engine ended with code"):
-        rounds({"a": Candidate(model, {}, ["--max-model-len", "0"])}, Settings(("prefill:16",), 1, 1))
+
+
+def test_refuses_what_vllm_refuses_in_one_line(tiny_models):
+    candidate = Candidate(Served.open(str(tiny_models("Llama"))), ["--max-model-len", "9999", "--skip-tokenizer-init"])
+    with pytest.raises(UsageError, match=r"max_model_len \(9999\) is greater than") as refusal:
+        rounds({"a": candidate}, Settings(("prefill:16",), 1, 1))
+    assert "\n" not in str(refusal.value)

@@ -110,8 +110,7 @@ class Pair:
         # On random tokens all rows would be unsure.
         prose = _prose(stock) if 0 < self.variant.head.threshold < 1 else ()
         return {
-            name: Candidate(served.model, served.hf_overrides(), args, prose)
-            for name, served in (("stock", self.stock), ("variant", self.variant))
+            name: Candidate(served, args, prose) for name, served in (("stock", self.stock), ("variant", self.variant))
         }
 
 

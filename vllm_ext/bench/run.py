@@ -1,24 +1,17 @@
 """Rounds of fresh processes, stock and variant in turn, and what each measured."""
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Self
 
 import psutil
 
-from vllm_ext import openmp
 from vllm_ext.bench.work import Work
-from vllm_ext.errors import UsageError
-from vllm_ext.process import STOP_SECONDS, show_end
+from vllm_ext.engine import Engine
 from vllm_ext.progress import progress
+from vllm_ext.served import Served
 
 SAMPLE_SECONDS = 0.2
 
@@ -27,8 +20,7 @@ SAMPLE_SECONDS = 0.2
 class Candidate:
     """A model as an engine is to serve it."""
 
-    model: str
-    overrides: Mapping[str, Any] = field(default_factory=dict)
+    served: Served
     vllm_args: Sequence[str] = ()
     prose: Sequence[int] = ()
     """Token ids that prompts are cut from; without any they are random."""
@@ -46,6 +38,15 @@ class Settings:
     seed: int = 0
     interleaved: bool = False
     """All engines of a round are up at once and take turns step by step, one at work and the others waiting."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a process is to measure."""
+
+    candidate: Candidate
+    settings: Settings
+    seed: int
 
 
 @dataclass
@@ -84,8 +85,9 @@ def rounds(candidates: Mapping[str, Candidate], settings: Settings) -> dict[str,
                     engines = {}
                     for name in names:
                         bars.update(task, description=f"round {turn + 1}/{count}: {name} starts")
-                        engine = _Engine(candidates[name], settings, settings.seed + turn)
-                        engines[name] = stack.enter_context(engine)
+                        measurement = Measurement(candidates[name], settings, settings.seed + turn)
+                        engines[name] = stack.enter_context(measurement)
+                        measurement.start()
                         bars.advance(task, start)
                     bars.update(task, description=f"round {turn + 1}/{count}: {' and '.join(names)}")
                     at_work = dict(engines)
@@ -94,7 +96,7 @@ def rounds(candidates: Mapping[str, Candidate], settings: Settings) -> dict[str,
                             if text := at_work[name].advance():
                                 bars.advance(task, _weight(text, repeats) / Work.parse(text).samples(repeats))
                             else:
-                                found[name].append(at_work.pop(name).found)
+                                found[name].append(at_work.pop(name).round)
     return found
 
 
@@ -103,93 +105,37 @@ def _weight(text: str, repeats: int) -> int:
     return work.tokens * (1 if work.kind == "decode" else repeats)
 
 
-class _Engine:
-    """A fresh process with one engine, which works when it is told to and tells what it measured."""
+class Measurement(Engine):
+    """A process with one engine, which works when it is told to and tells what it measured."""
 
     def __init__(self, candidate: Candidate, settings: Settings, seed: int) -> None:
-        self.found = Round()
-        self.asked = {
-            "model": candidate.model,
-            "overrides": dict(candidate.overrides),
-            "vllm_args": list(candidate.vllm_args),
-            "work": settings.work,
-            "repeats": settings.repeats,
-            "seed": seed,
-            "prose": list(candidate.prose),
-        }
+        self.round, self.candidate, self.settings, self.seed = Round(), candidate, settings, seed
+        self.began = time.time()
+        super().__init__("vllm_ext.bench.worker:work")
+        self.memory = _Memory(self.pid)
 
-    def __enter__(self) -> Self:
-        """Start it, until it can be asked."""
-        # By itself vLLM would take nearly all memory for the KV cache of a CPU, and time how that is found.
-        environment = {"VLLM_CPU_KVCACHE_SPACE": "1"} | os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-        self.log = tempfile.TemporaryFile("w+", errors="replace")
-        read, write = os.pipe()  # vLLM logs to the other ones
-        began = time.time()
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "vllm_ext.bench.worker", str(write)],
-            stdin=subprocess.PIPE,
-            stdout=self.log,
-            stderr=self.log,
-            text=True,
-            env=openmp.preloading(environment),
-            pass_fds=[write],
-        )
-        os.close(write)
-        self.told, self.memory = os.fdopen(read), _Memory(self.process.pid)
-        try:
-            told = self._ask(json.dumps(self.asked))
-            if told is None:
-                raise UsageError(self._failed())
-        except BaseException:
-            self.__exit__()
-            raise
-        self.found.start_seconds = told.pop("ready") - began
+    def start(self) -> None:
+        """Return once the engine can be asked."""
+        self.send(Asked(self.candidate, self.settings, self.seed))
+        told = self.receive()
+        self.round.start_seconds = told.pop("ready") - self.began
         for name, value in told.items():
-            setattr(self.found, name, value)
-        return self
+            setattr(self.round, name, value)
 
     def advance(self) -> str | None:
         """Let it measure one step, or one whole prompt, more; returns of which work that was, or None at the end."""
-        told = self._ask("")
-        if told is not None:
-            self.found.seconds.setdefault(told["work"], []).append(told["seconds"])
-            return str(told["work"])
-        self.found.peak_bytes = self.memory.stop()
-        with suppress(subprocess.TimeoutExpired):
-            self.process.wait(STOP_SECONDS)
-        if self.process.returncode:
-            raise UsageError(self._failed())
-        return None
-
-    def _ask(self, line: str) -> Any:
-        """Say a line, and wait for one; None where there is none, since it has ended."""
-        assert self.process.stdin is not None
-        with suppress(BrokenPipeError):
-            self.process.stdin.write(line + "\n")
-            self.process.stdin.flush()
-        answer = self.told.readline()
-        return json.loads(answer) if answer else None
-
-    def _failed(self) -> str:
-        self.log.seek(0)
-        cause = show_end(self.log.read())
-        return f"an engine ended with code {self.process.wait()}{cause}; the end of its log is above"
+        self.send(None)
+        told = self.receive()
+        if told is None:
+            self.round.peak_bytes = self.memory.stop()
+            return None
+        work, seconds = told
+        self.round.seconds.setdefault(work, []).append(seconds)
+        return str(work)
 
     def __exit__(self, *unused: object) -> None:
-        """End what is still running, and what it started."""
         self.memory.stop()
-        if self.process.poll() is None:
-            tree = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
-            for each in tree:
-                each.terminate()
-            for each in psutil.wait_procs(tree, STOP_SECONDS)[1]:
-                each.kill()
-            self.process.wait()
-        assert self.process.stdin is not None
-        with suppress(BrokenPipeError):
-            self.process.stdin.close()
-        self.told.close()
-        self.log.close()
+        super().__exit__()
 
 
 class _Memory:

@@ -1,20 +1,21 @@
-"""One engine in a process of its own, given one piece of work after another: `python -m vllm_ext.bench.worker`.
+"""What a measurement's process does: one engine, given one piece of work after another.
 
 The engine runs in this very process, so that its steps can be timed one by one, without a network or a second process
 that takes turns with it. What HTTP adds is the same for stock and variant; `loadtests` measures it. Prompts are from a
 fixed seed, never the same twice, so that the prefix cache finds nothing.
 """
 
-import json
 import os
 import random
-import sys
 import time
 from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection
 from typing import Any
 
 from vllm_ext import openmp
+from vllm_ext.bench.run import Asked
 from vllm_ext.bench.work import SETTLING_STEPS, Work
+from vllm_ext.engine import engine_args
 
 
 class Bench:
@@ -79,56 +80,40 @@ class Bench:
         self.run()
 
 
-def make_engine(model: str, vllm_args: Sequence[str], overrides: dict[str, Any]) -> Any:
-    """An engine in this process, from the options of `vllm serve`."""
-    from vllm.engine.arg_utils import EngineArgs
+def work(connection: Connection, asked: Asked) -> None:
+    """Measure a step, or a whole prompt, for each message, and tell of it; ends when all is measured."""
     from vllm.usage.usage_lib import UsageContext
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
-    args = EngineArgs.from_cli_args(parser.parse_args(["--model", model, *vllm_args]))
-    if overrides:
-        args.hf_overrides = {**(args.hf_overrides or {}), **overrides}
-    return LLMEngine.from_engine_args(args, usage_context=UsageContext.OPENAI_API_SERVER)
-
-
-def main() -> None:
-    """Do what the JSON on stdin's first line asks: a step for each further line, and each measured one told in a line
-    to the file descriptor that is named.
-    """
     from model_executors.heads.fallback_head import FallbackHead
 
-    asked = json.loads(sys.stdin.readline())
     FallbackHead.compiles = openmp.preloaded()  # this process has one engine
-    engine = make_engine(asked["model"], asked["vllm_args"], asked["overrides"])
-    cache = engine.vllm_config.cache_config
-    config = engine.vllm_config.model_config
-    with os.fdopen(int(sys.argv[1]), "w", buffering=1) as out:
+    candidate, settings = asked.candidate, asked.settings
+    arguments = engine_args(candidate.served, candidate.vllm_args)
+    engine = LLMEngine.from_engine_args(arguments, usage_context=UsageContext.OPENAI_API_SERVER)
+    config: Any = engine.vllm_config
 
-        def tell(**told: Any) -> None:
-            out.write(json.dumps(told) + "\n")
-            sys.stdin.readline()
+    def tell(message: Any) -> None:
+        connection.send(message)
+        connection.recv()
 
-        tell(
-            ready=time.time(),
-            kv_capacity_tokens=cache.kv_cache_size_tokens,
-            max_model_len=config.max_model_len,
-            element_bytes=config.dtype.itemsize,
-            threads=len(os.sched_getaffinity(0)),
-        )
-        bench = Bench(engine, asked["seed"], asked["prose"])
-        bench.add(64, 4)
-        bench.run()
-        for text in asked["work"]:
-            work, repeats = Work.parse(text), asked["repeats"]
-            warm_up = Work(work.kind, min(work.prompt, 64), work.streams, min(work.context, 32))
-            for _ in bench.time(warm_up, 1):
-                pass
-            for seconds in bench.time(work, repeats):
-                tell(work=text, seconds=seconds)
-        engine.engine_core.shutdown()
-
-
-if __name__ == "__main__":
-    main()
+    tell(
+        {
+            "ready": time.time(),
+            "kv_capacity_tokens": config.cache_config.kv_cache_size_tokens,
+            "max_model_len": config.model_config.max_model_len,
+            "element_bytes": config.model_config.dtype.itemsize,
+            "threads": len(os.sched_getaffinity(0)),
+        }
+    )
+    bench = Bench(engine, asked.seed, candidate.prose)
+    bench.add(64, 4)
+    bench.run()
+    for text in settings.work:
+        work = Work.parse(text)
+        warm_up = Work(work.kind, min(work.prompt, 64), work.streams, min(work.context, 32))
+        for _ in bench.time(warm_up, 1):
+            pass
+        for seconds in bench.time(work, settings.repeats):
+            tell((text, seconds))
+    engine.engine_core.shutdown()

@@ -4,7 +4,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,11 @@ from typing import Any
 from model_executors.attention_plan import LayerPlan
 from model_executors.heads.head_plan import CHARACTER_HEADS, HeadKind
 from vllm_ext.checkpoint import Checkpoint
+from vllm_ext.engine import Engine
 from vllm_ext.errors import UsageError, one_line
 from vllm_ext.progress import progress
-from vllm_ext.quality.engine import reply_of
 from vllm_ext.quality.report import STOCK, Figures, figures_of, show
-from vllm_ext.quality.work import Replies, Settings, Work, prepare_work
+from vllm_ext.quality.work import Asked, Replies, Settings, Work, prepare_work
 from vllm_ext.reports.figures import is_right
 from vllm_ext.served import Served
 from vllm_ext.tasks import texts
@@ -112,11 +112,8 @@ def measure(
         task = bars.add_task("", total=work.tokens * len(all_served))
         for number, (name, served) in enumerate(all_served.items()):
             bars.update(task, description=f"{name} ({number + 1} of {len(all_served)})")
-            frozen = served.plan is not None and served.plan.first_frozen < len(served.plan.layers)
-            arguments = [*_engine_arguments(served.model, work), *vllm_args]
-            replies[name] = reply_of(
-                arguments, served.hf_overrides(), work, not frozen, lambda tokens: bars.advance(task, tokens)
-            )
+            arguments = [*_engine_arguments(work), *vllm_args]
+            replies[name] = _reply(served, arguments, work, lambda tokens: bars.advance(task, tokens))
             bars.update(task, completed=work.tokens * (number + 1))
     scores = {
         name: {
@@ -132,6 +129,22 @@ def measure(
         name: figures_of(each, replies[STOCK], scores[name], scores[STOCK], settings.seed, name == STOCK)
         for name, each in replies.items()
     }
+
+
+def _reply(served: Served, vllm_args: Sequence[str], work: Work, advance: Callable[[int], None]) -> Replies:
+    """Do the work in a process of its own; `advance` is told of the tokens done.
+
+    Raises:
+        UsageError: where the engine does not start or does not finish.
+
+    """
+    with Engine("vllm_ext.quality.scoring:reply") as engine:
+        engine.send(Asked(served, vllm_args, work))
+        while isinstance(message := engine.receive(), int):
+            advance(message)
+        assert isinstance(message, Replies)
+        engine.receive()  # its end
+    return message
 
 
 def _check(checkpoint: Checkpoint, candidates: Sequence[Checkpoint], settings: Settings) -> None:
@@ -162,9 +175,9 @@ def _tokenizer(model: str) -> Any:
         raise UsageError(f"model {model}: no tokenizer is to be had ({one_line(error)}); add its files") from error
 
 
-def _engine_arguments(model: str, work: Work) -> list[str]:
+def _engine_arguments(work: Work) -> list[str]:
     """Options before the user's own: a start is not worth compiling for, and memory for logits stays small."""
     return [
-        *("--model", model, "--skip-tokenizer-init", "--enforce-eager", "--no-async-scheduling"),
+        *("--skip-tokenizer-init", "--enforce-eager", "--no-async-scheduling"),
         *("--max-model-len", str(work.max_model_len), "--max-num-batched-tokens", "2048"),
     ]

@@ -5,16 +5,16 @@ them itself: a logits processor forces the text's next token, while vLLM reports
 So plans that treat prompt tokens and generated ones differently are measured the way they are used.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 from vllm import LLM, RequestOutput, SamplingParams
-from vllm.engine.arg_utils import EngineArgs
-from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
-from vllm_ext.quality.work import MAX_TOKENS, Replies, Work
+from vllm_ext.engine import engine_args
+from vllm_ext.quality.work import MAX_TOKENS, Asked, Replies
 from vllm_ext.reports.figures import Scored
 
 FORCED = "vllm_ext_forced_tokens"
@@ -45,28 +45,20 @@ class ForceTokens(AdapterLogitsProcessor):
         return force
 
 
-def reply(
-    vllm_args: Sequence[str], overrides: dict[str, Any], work: Work, with_prompts: bool, done: Callable[[int], None]
-) -> Replies:
-    """Start the engine that `vllm_args` describe, do all the work and end it; `done` is told of the tokens done.
-
-    `with_prompts` is whether the model can say anything of prompt tokens.
-    """
-    args = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(list(vllm_args))
-    args.hf_overrides = {**(args.hf_overrides or {}), **overrides}
+def reply(connection: Connection, asked: Asked) -> None:
+    """Start the engine, do all the work and end it; sends numbers of tokens done, and at last the replies."""
+    args, work = engine_args(asked.served, asked.vllm_args), asked.work
     args.logits_processors = [*(args.logits_processors or []), f"{ForceTokens.__module__}:{ForceTokens.__name__}"]
-    llm = LLM.from_engine_args(EngineArgs.from_cli_args(args))
-    try:
-        replies = Replies()
-        for length, passages in work.passages.items():
-            if with_prompts:
-                replies.prompts[length] = score_prompts(llm, passages, done)
-            replies.answers[length] = score_answers(llm, passages, work.answer_tokens(length), done)
-        for name, prompts in work.prompts.items():
-            replies.generated[name] = generate(llm, prompts, MAX_TOKENS[name], done)
-        return replies
-    finally:
-        llm.llm_engine.engine_core.shutdown()
+    llm, done = LLM.from_engine_args(args), connection.send
+    replies = Replies()
+    for length, passages in work.passages.items():
+        if asked.with_prompts:
+            replies.prompts[length] = score_prompts(llm, passages, done)
+        replies.answers[length] = score_answers(llm, passages, work.answer_tokens(length), done)
+    for name, prompts in work.prompts.items():
+        replies.generated[name] = generate(llm, prompts, MAX_TOKENS[name], done)
+    llm.llm_engine.engine_core.shutdown()
+    connection.send(replies)
 
 
 def score_prompts(llm: LLM, passages: list[list[int]], done: Callable[[int], None]) -> list[Scored]:

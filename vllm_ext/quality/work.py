@@ -1,11 +1,13 @@
 """What every model is given: held-out passages, and questions after worked examples."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_ext.errors import UsageError
 from vllm_ext.reports.figures import Scored
+from vllm_ext.served import Served
 from vllm_ext.tasks import texts
 
 ANSWER_TOKENS = 128
@@ -69,6 +71,21 @@ class Work:
         """All tokens of all prompts."""
         passages = sum(len(each) * (2 * n - self.answer_tokens(n)) for n, each in self.passages.items())
         return passages + sum(len(prompt) for prompts in self.prompts.values() for prompt in prompts)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What an engine's process is to do."""
+
+    served: Served
+    vllm_args: Sequence[str]
+    work: Work
+
+    @property
+    def with_prompts(self) -> bool:
+        """Whether the model can say anything of prompt tokens: frozen layers give those no logits."""
+        plan = self.served.plan
+        return plan is None or plan.first_frozen == len(plan.layers)
 
 
 @dataclass
