@@ -71,6 +71,8 @@ class PlanStatLogger(StatLoggerBase):
         self.partial = plan.first_partial < len(plan.layers)
         self._set_plan(self.report)
         self.used = [self._of_engine(f"vllm_ext_kv_cache_used_{unit}") for unit in ("tokens", "bytes")]
+        for gauge in self.used:
+            gauge.set(0)  # or, with several processes, it has no row before the first step
         self.prompt_tokens, self.skipped = (
             _counter(name, documentation, *LABELS).labels(*self.labels) for name, documentation in COUNTERS.items()
         )

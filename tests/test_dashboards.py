@@ -106,7 +106,7 @@ def scraped(smollm2, tmp_path_factory):
         time.sleep(3 * SCRAPE_SECONDS)  # a rate needs two samples
         idle = {}
         for name, expression in EXPRESSIONS.items():
-            query = {"query": substituted(expression)}
+            query = {"query": substituted(expression.replace("$job", "variant"))}
             answer = httpx.get(f"{source}/api/v1/query", params=query, trust_env=False).json()
             idle[name] = [float(each["value"][1]) for each in answer["data"]["result"]]
         start = time.time()

@@ -24,7 +24,10 @@ BASELINE, VARIANT = 'job="$baseline"', 'job="$variant"'
 def endpoint_rows() -> dict[str, list[Panel]]:
     """One deployment: vLLM's usual panels, and what the plan and the head do."""
     where = 'job=~"$job", instance=~"$instance"'
-    waiting = f'sum({{__name__=~"vllm:num_requests_waiting|vllm_ext_http_requests_queued", {where}}})'
+    # Where heads are served, vLLM's gauges have no rows before the engine's first step.
+    running = or_zero(total("vllm:num_requests_running", where))
+    waiting = or_zero(f'sum({{__name__=~"vllm:num_requests_waiting|vllm_ext_http_requests_queued", {where}}})')
+    usage = f"vllm:kv_cache_usage_perc{{{where}}}"
     rejected = or_zero(rate("vllm_ext_rejected_requests_total", where, "reason"), "reason", "any")
     bad = rate("http_requests_total", f'{where}, handler=~"/v1/.*", status!="2xx"', "status")
     saved = (
@@ -36,12 +39,12 @@ def endpoint_rows() -> dict[str, list[Panel]]:
     return {
         "Now": [
             Panel("Replicas up", {"up": total("up", where)}, "short", "Servers whose metrics answer.", True),
-            Panel("Running", {"": total("vllm:num_requests_running", where)}, "short", "Requests in batches.", True),
+            Panel("Running", {"": running}, "short", "Requests in batches.", True),
             Panel("Waiting", {"": waiting}, "short", "In the engines' queues and before them.", True),
             Panel("Output", {"": rate("vllm:generation_tokens_total", where)}, "tps", "Tokens a second.", True),
             Panel(
                 "KV cache in use",
-                {"": f"max(vllm:kv_cache_usage_perc{{{where}}})"},
+                {"": or_zero(f"max({usage})")},
                 "percentunit",
                 "The fullest replica. Near 100%, requests wait or are preempted.",
                 True,
@@ -74,8 +77,8 @@ def endpoint_rows() -> dict[str, list[Panel]]:
             Panel(
                 "Requests in engines",
                 {
-                    "running": total("vllm:num_requests_running", where),
-                    "waiting": total("vllm:num_requests_waiting", where),
+                    "running": running,
+                    "waiting": or_zero(total("vllm:num_requests_waiting", where)),
                     "waiting before the engine": or_zero(total("vllm_ext_http_requests_queued", where)),
                     "in HTTP": or_zero(total("vllm_ext_http_requests_in_flight", where)),
                 },
@@ -92,7 +95,7 @@ def endpoint_rows() -> dict[str, list[Panel]]:
         "KV cache": [
             Panel(
                 "Use by replica",
-                {"{{instance}}": f"max by (instance) (vllm:kv_cache_usage_perc{{{where}}})"},
+                {"{{instance}}": or_zero(f"max by (instance) ({usage})", "instance", "each")},
                 "percentunit",
                 "Part of the blocks in use.",
             ),
@@ -226,7 +229,7 @@ def variant_rows() -> dict[str, list[Panel]]:
             Panel(
                 "Use",
                 {
-                    name: f"max(vllm:kv_cache_usage_perc{{{where}}})"
+                    name: or_zero(f"max(vllm:kv_cache_usage_perc{{{where}}})")
                     for name, where in (("baseline", BASELINE), ("variant", VARIANT))
                 },
                 "percentunit",
