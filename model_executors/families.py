@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from model_executors.attention_plan import ARCHITECTURE_PREFIX, KINDS, Kind
+from model_executors.names import DECODER, TRANSFORMERS_DECODER
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Family:
     kinds: tuple[Kind, ...] = KINDS
     """What its layers can be: a frozen layer's attention must do nothing between its kernel and `out_proj`, and a
     window's must give the kernel heads of one size."""
-    module: str = "model_executors.layers.decoder"
+    module: str = DECODER
     """Where the planned class is made."""
 
     @property
@@ -68,7 +69,7 @@ def _transformers(architecture: str, **names: Any) -> Family:
         architecture,
         residual=False,
         kinds=("full", "window", "skip"),  # positions reach these attentions as rotations
-        module="model_executors.layers.transformers_decoder",
+        module=TRANSFORMERS_DECODER,
         **names,
     )
 

@@ -5,7 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model_executors.heads.character_head import PAD, CharacterHead, slots_of, with_exact
+from model_executors.heads.character_head import PAD, CharacterHead, gathered_sums, slots_of, with_exact
+from model_executors.heads.fallback_head import fall_back_by_choice, fall_back_by_row
+from model_executors.heads.head_metrics import _DeviceCount
 from model_executors.heads.head_plan import HeadShape
 from tests.character_heads import PLACES, character_logprobs, random_spellings, random_tensors, rescored_row
 
@@ -92,3 +94,53 @@ def test_slots_are_numbered_place_after_place():
 def test_refuses_sizes(sizes):
     with pytest.raises(ValueError, match="sizes are 1 or more"):
         HeadShape(**{"hidden_size": 8, "vocab_size": 8, "slots": (3,)} | sizes)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 33])
+def test_the_form_for_gpus_gives_the_same_sums(rows):
+    head, _ = head_of(random_spellings(300))
+    places = head.spelling.log_probabilities(torch.randn(rows, sum(head.shape.slots)))
+    gathered = gathered_sums(places, head.spelling.by_place)
+    torch.testing.assert_close(gathered, head.spelling.sums(places), rtol=1e-6, atol=1e-5)
+
+
+def test_the_form_for_gpus_is_one_graph_whatever_the_number_of_rows():
+    """Compiled with the row count unbacked, as it is on a GPU: no break, no sync, and one graph for all counts."""
+    head, _ = head_of(random_spellings(300))
+    graphs = []
+
+    def count(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(gathered_sums, dynamic=True, fullgraph=True, backend=count)
+    for rows in (3, 1, 2, 64):
+        places = head.spelling.log_probabilities(torch.randn(rows, sum(head.shape.slots)))
+        torch._dynamo.decorators.mark_unbacked(places, 0)
+        torch.testing.assert_close(compiled(places, head.spelling.by_place), head.spelling.sums(places))
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("unsure", [[0, 0, 0], [1, 0, 1], [1, 1, 1]])
+def test_rows_fall_back_the_same_on_the_host_and_on_the_device(unsure):
+    scores, states, weight = torch.randn(3, 20), torch.randn(3, 8), torch.randn(20, 8)
+    mask = torch.tensor(unsure, dtype=torch.bool)
+    ways = [
+        way(scores.clone(), states, mask, lambda rows: rows @ weight.T)
+        for way in (fall_back_by_row, fall_back_by_choice)
+    ]
+    torch.testing.assert_close(*ways)
+    for row, below in enumerate(unsure):
+        torch.testing.assert_close(ways[1][row], states[row] @ weight.T if below else scores[row])
+
+
+def test_a_rank_that_does_not_sample_has_no_logits():
+    mask = torch.tensor([True])
+    for way in (fall_back_by_row, fall_back_by_choice):
+        assert way(torch.zeros(1, 4), torch.zeros(1, 2), mask, lambda rows: None) is None
+
+
+def test_rows_are_counted_on_the_device():
+    count = _DeviceCount(torch.device("cpu"))
+    masks = [torch.rand(9) < 0.5 for _ in range(5)]
+    assert [count.add(mask) for mask in masks] == [int(mask.sum()) for mask in masks]

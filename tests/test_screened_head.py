@@ -10,7 +10,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 
 from model_executors.heads import screened_head
 from model_executors.heads.screened_head import GROUP, Int4Copy, quantize, screened_scores
-from model_executors.hooks.whole_rows import Whole, WholeRows, needs_all
+from model_executors.hooks.full_vocabulary import FullVocabularyRows, needs_full_vocabulary
 from tests.answers import assert_same
 from tests.engines import NEW_TOKENS, answers, engine, outputs, runner
 from tests.reference import Reference
@@ -84,7 +84,7 @@ def test_what_is_listed_is_exact_and_above_all_else(shortlist):
     ],
 )
 def test_which_requests_need_all_of_the_vocabulary(settings, whole):
-    assert needs_all(SamplingParams(**settings), 256) is whole
+    assert needs_full_vocabulary(SamplingParams(**settings), 256) is whole
 
 
 GREEDY, SAMPLED = SamplingParams(temperature=0), SamplingParams(temperature=1)
@@ -93,8 +93,8 @@ GREEDY, SAMPLED = SamplingParams(temperature=0), SamplingParams(temperature=1)
 @given(st.data())
 def test_follows_the_batch(data):
     """Against a list of requests that is changed as vLLM changes its batch."""
-    watch = WholeRows.__new__(WholeRows)
-    watch.shortlist, watch.whole = 256, Whole()
+    watch = FullVocabularyRows.__new__(FullVocabularyRows)
+    watch.shortlist, watch.rows = 256, set()
     batch: dict[int, SamplingParams] = {}
     for _ in range(data.draw(st.integers(1, 6))):
         removed = data.draw(st.lists(st.sampled_from(sorted(batch)), unique=True)) if batch else []
@@ -113,7 +113,7 @@ def test_follows_the_batch(data):
             if swap:
                 batch[source] = was
         watch.update_state(BatchUpdate(len(batch), removed, added, moved))
-        assert watch.whole.rows == {row for row, sampling in batch.items() if sampling is SAMPLED}
+        assert watch.rows == {row for row, sampling in batch.items() if sampling is SAMPLED}
 
 
 @pytest.fixture(scope="module")

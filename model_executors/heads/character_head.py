@@ -30,6 +30,8 @@ class Spelling(nn.Module):
     """Those of all tokens, one token after the other."""
     offsets: torch.Tensor
     """`[vocab_size]`: where each token's begin."""
+    by_place: torch.Tensor
+    """`[places, vocab_size]`: each token's slot in every place, or one more than there are."""
     grid: torch.Tensor
     """`[slots]`: where each slot's logit stands when all places are laid out equally wide."""
 
@@ -44,12 +46,25 @@ class Spelling(nn.Module):
         self.register_buffer("slots", spellings[spelled].int(), persistent=False)
         self.register_buffer("offsets", (lengths.cumsum(0) - lengths).int(), persistent=False)
         self.register_buffer("grid", torch.cat(grid), persistent=False)
+        by_place = torch.where(spelled, spellings, sum(shape.slots)).T.contiguous()
+        self.register_buffer("by_place", by_place.int(), persistent=False)
 
     def compile_sums(self) -> None:
-        """Take the sums by compiled kernels from now on; see there for which processes that is for."""
-        from model_executors.heads.compiled_sums import CompiledSums
+        """Take the sums by compiled kernels from now on: numba's on a CPU, see there for which processes that is for,
+        and torch's elsewhere.
+        """
+        if self.slots.device.type == "cpu":
+            from model_executors.heads.compiled_sums import CompiledSums
 
-        self.compiled = CompiledSums(self.slots, self.offsets)
+            self.compiled = CompiledSums(self.slots, self.offsets)
+        else:
+            gather = torch.compile(gathered_sums, dynamic=True)
+
+            def compiled(log_probabilities: torch.Tensor) -> torch.Tensor:
+                torch._dynamo.decorators.mark_unbacked(log_probabilities, 0)  # or one row would be compiled anew
+                return gather(log_probabilities, self.by_place)
+
+            self.compiled = compiled
 
     def log_probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """`[rows, slots]`: each place's logits to its log-probabilities."""
@@ -63,11 +78,25 @@ class Spelling(nn.Module):
             return self.compiled(log_probabilities.float())
         if not len(log_probabilities):
             return log_probabilities.new_empty(0, len(self.offsets), dtype=torch.float32)
+        if self.slots.device.type != "cpu":
+            return gathered_sums(log_probabilities.float(), self.by_place)
         parts = [
             nn.functional.embedding_bag(self.slots, _upright(part), self.offsets, mode="sum").T.contiguous()
             for part in log_probabilities.float().split(ROWS_AT_ONCE)
         ]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def gathered_sums(log_probabilities: torch.Tensor, by_place: torch.Tensor) -> torch.Tensor:
+    """`[rows, slots]` in float32 and `[places, vocab_size]` to `[rows, vocab_size]`, place after place.
+
+    Plain gathers, which compile to one kernel, and which the host need not wait for: the form for GPUs.
+    """
+    padded = nn.functional.pad(log_probabilities, (0, 1))  # what a token that has ended gathers
+    total = padded[:, by_place[0]]
+    for slots in by_place[1:]:
+        total = total + padded[:, slots]
+    return total
 
 
 def _upright(rows: torch.Tensor) -> torch.Tensor:

@@ -41,6 +41,7 @@ class HeadMetrics:
     def __init__(self, model_name: str) -> None:
         self.kept = "PROMETHEUS_MULTIPROC_DIR" in os.environ
         self.model_name = model_name
+        self.on_device: _DeviceCount | None = None
 
     @contextmanager
     def timed(self, own: int, stock: int) -> Iterator[None]:
@@ -57,9 +58,36 @@ class HeadMetrics:
             _rows().labels(self.model_name, head).inc(number)
         _seconds().labels(self.model_name).inc(seconds)
 
+    def count_masked(self, stock: torch.Tensor, seconds: float) -> None:
+        """As `count`, of rows `[rows]` that are true on the device where the stock head answered. The host does not
+        wait for them: what it can read by now is counted, and the rest at a later call.
+        """
+        if not self.kept:
+            return
+        self.on_device = self.on_device or _DeviceCount(stock.device)
+        number = self.on_device.add(stock)
+        self.count(len(stock) - number, number, seconds)
+
     def observe(self, log_probabilities: torch.Tensor) -> None:
         """`[rows]`, by which rows are believed or not; on a CPU only, since elsewhere the host would wait for them."""
         if not self.kept or log_probabilities.device.type != "cpu":
             return
         for probability in log_probabilities.exp().tolist():
             _confidence().labels(self.model_name).observe(probability)
+
+
+class _DeviceCount:
+    """How many rows were true, added up on a device, and copied to the host without waiting."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.total = torch.zeros((), dtype=torch.long, device=device)
+        self.copy = torch.zeros((), dtype=torch.long, pin_memory=device.type == "cuda")
+        self.read = 0
+
+    def add(self, rows: torch.Tensor) -> int:
+        """Add `[rows]` of bool; returns how many more there are, of those that have reached the host."""
+        self.total += rows.sum()
+        self.copy.copy_(self.total, non_blocking=True)
+        arrived = int(self.copy)
+        new, self.read = arrived - self.read, arrived
+        return new

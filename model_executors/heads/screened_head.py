@@ -10,7 +10,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from model_executors.heads.exact_rows import exact_scores, require_weight
 from model_executors.heads.head_metrics import HeadMetrics
 from model_executors.heads.head_plan import GROUP, HeadPlan
-from model_executors.hooks.whole_rows import whole_rows
+from model_executors.hooks.full_vocabulary import PLACE
 
 INT4_MAX = 7
 MOST_ROWS = 4
@@ -71,7 +71,7 @@ class ScreenedMethod(UnquantizedEmbeddingMethod):
     def __init__(self, shortlist: int, vllm_config: VllmConfig) -> None:
         super().__init__()
         self.shortlist = shortlist
-        self.whole = whole_rows(vllm_config.instance_id)
+        self.forward_context = vllm_config.compilation_config.static_forward_context
         self.metrics = HeadMetrics(str(vllm_config.model_config.served_model_name))
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -81,7 +81,8 @@ class ScreenedMethod(UnquantizedEmbeddingMethod):
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """`[rows, hidden_size]` to `[rows, vocab_size]`: in float32 where it is screened."""
-        screened = len(x) <= MOST_ROWS and not self.whole.rows and bias is None
+        watch = self.forward_context.get(PLACE)
+        screened = len(x) <= MOST_ROWS and bias is None and watch is not None and not watch.rows
         with self.metrics.timed(len(x) if screened else 0, 0 if screened else len(x)):
             if not screened:
                 return super().apply(layer, x, bias)

@@ -11,7 +11,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
-from model_executors import evidence
+from model_executors import evidence, names
 from model_executors.attention_plan import AttentionPlan
 from model_executors.families import Family, family_of, own_window
 from model_executors.heads.head_plan import HeadPlan
@@ -21,8 +21,6 @@ logger = init_logger(f"vllm.{__name__}")
 # Speculation that reads tokens only. The other methods read hidden states of every position, which the layers above
 # do not see.
 TOKEN_SPECULATION = ("ngram", "ngram_gpu", "suffix", "draft_model", "custom_class")
-SCHEDULER = "model_executors.hooks.scheduler.prompt_boundary_scheduler"
-TRANSFORMERS = "model_executors.layers.transformers_decoder"
 
 
 class AttentionPlanConfig(VerifyAndUpdateConfig):
@@ -45,7 +43,7 @@ class AttentionPlanConfig(VerifyAndUpdateConfig):
         if plan.first_frozen < len(plan.layers):
             _prepare_frozen(vllm_config)
         if head.kind == "screened":
-            _add_processor(vllm_config, "model_executors.hooks.whole_rows:WholeRows")
+            _add_processor(vllm_config, names.FULL_VOCABULARY_ROWS)
 
 
 def _check_evidence(plan: AttentionPlan, head: HeadPlan, vllm_config: VllmConfig) -> None:
@@ -64,7 +62,7 @@ def _problems(plan: AttentionPlan, family: Family, vllm_config: VllmConfig) -> I
             kinds = ", ".join(family.kinds)
             yield f"layer {layer} is {layer_plan.kind}, which {family.architecture} cannot be; use one of {kinds}"
     model_config, parallel_config = vllm_config.model_config, vllm_config.parallel_config
-    if family.module == TRANSFORMERS and not model_config.enforce_eager:
+    if family.module == names.TRANSFORMERS_DECODER and not model_config.enforce_eager:
         yield (
             f"{family.architecture} runs on vLLM's Transformers backend, with which a planned model fails to compile; "
             "add --enforce-eager"
@@ -93,7 +91,7 @@ def _problems(plan: AttentionPlan, family: Family, vllm_config: VllmConfig) -> I
         return
     if parallel_config.enable_dbo:
         yield "--enable-dbo: a step with frozen layers cannot be split in two; drop it"
-    if vllm_config.scheduler_config.scheduler_cls not in (None, SCHEDULER):
+    if vllm_config.scheduler_config.scheduler_cls not in (None, names.SCHEDULER):
         yield (
             f"--scheduler-cls {vllm_config.scheduler_config.scheduler_cls}: frozen layers need a scheduler of their "
             "own; drop it"
@@ -145,11 +143,11 @@ def _pipeline_problems(plan: AttentionPlan, size: int) -> Iterator[str]:
 
 def _prepare_frozen(vllm_config: VllmConfig) -> None:
     """Set what frozen layers need."""
-    vllm_config.scheduler_config.scheduler_cls = SCHEDULER
-    if vllm_config.speculative_config is None:
-        _add_processor(vllm_config, "model_executors.hooks.prompt_logprobs:RefusePromptLogprobs")
+    vllm_config.scheduler_config.scheduler_cls = names.SCHEDULER
+    if vllm_config.speculative_config is None or vllm_config.use_v2_model_runner:
+        _add_processor(vllm_config, names.REFUSE_PROMPT_LOGPROBS)
     else:
-        # vLLM has no custom logits processors beside speculation, but this refuses prompt_logprobs by itself.
+        # V1 has no custom logits processors beside speculation, but this refuses prompt_logprobs by itself.
         vllm_config.cache_config.kv_sharing_fast_prefill = True
 
 

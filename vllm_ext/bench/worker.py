@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
+from model_executors.attention_plan import CONFIG_KEY
 from vllm_ext import openmp
 from vllm_ext.bench.run import Asked
 from vllm_ext.bench.work import SETTLING_STEPS, Work
@@ -85,11 +86,10 @@ def work(connection: Connection, asked: Asked) -> None:
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    from model_executors.heads.fallback_head import FallbackHead
-
-    FallbackHead.compiles = openmp.preloaded()  # this process has one engine
     candidate, settings = asked.candidate, asked.settings
     arguments = engine_args(candidate.served, candidate.vllm_args)
+    # This process has one engine.
+    arguments.additional_config = {CONFIG_KEY: {"compile_sums": openmp.preloaded()}} | arguments.additional_config
     engine = LLMEngine.from_engine_args(arguments, usage_context=UsageContext.OPENAI_API_SERVER)
     config: Any = engine.vllm_config
 

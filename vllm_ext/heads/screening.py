@@ -13,7 +13,7 @@ from rich.table import Table
 
 from model_executors.heads.head_plan import GROUP, HeadPlan
 from model_executors.heads.screened_head import Int4Copy, screened_scores
-from model_executors.hooks.whole_rows import LISTED_PER_K
+from model_executors.hooks.full_vocabulary import LISTED_PER_K
 from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.errors import UsageError, run_tool
 from vllm_ext.offline.model import OfflineModel, read_tokenizer

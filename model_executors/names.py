@@ -1,0 +1,12 @@
+"""The names that vLLM is handed as text and imports by itself; `tests/test_hooks.py` resolves each as vLLM does."""
+
+DECODER = "model_executors.layers.decoder"
+"""Where planned classes are made, one for each family; the model registry takes `module:class`."""
+TRANSFORMERS_DECODER = "model_executors.layers.transformers_decoder"
+"""The same over vLLM's Transformers backend."""
+SCHEDULER = "model_executors.hooks.scheduler.prompt_boundary_scheduler"
+"""`--scheduler-cls`."""
+REFUSE_PROMPT_LOGPROBS = "model_executors.hooks.prompt_logprobs:RefusePromptLogprobs"
+"""`--logits-processors`, of either model runner."""
+FULL_VOCABULARY_ROWS = "model_executors.hooks.full_vocabulary:FullVocabularyRows"
+"""`--logits-processors`, of Model Runner V1 alone."""
