@@ -2,14 +2,17 @@
 
 import pytest
 import torch
+from vllm.config import CUDAGraphMode
 from vllm.exceptions import VLLMValidationError
+from vllm.forward_context import set_forward_context
 
 from model_executors.attention_plan import LayerPlan
-from model_executors.layers.freeze import select_rows
+from model_executors.layers.freeze import Freeze, entering_buffer, select_rows
 from tests.answers import assert_same
 from tests.engines import NEW_TOKENS, answers, engine, runner
 from tests.fitted import write_random
 from tests.reference import Reference
+from tests.test_verify import configure
 from tests.tiny import prompts
 
 FREEZE = LayerPlan("freeze")
@@ -86,3 +89,20 @@ def test_rows_that_go_on():
     assert rows.index.tolist() == [0, 5, 6, 7, 8, 9]
     assert rows.generating.flatten().tolist() == [True, False, True, True, True, False]
     assert selected.tolist() == [0, 1, 2, 5, 6, 6]
+
+
+def test_graphs_of_the_upper_layers_read_from_memory_of_their_own(tiny_models):
+    """Whatever memory the layers below leave their state in, which vLLM gives away again."""
+    config = configure(tiny_models("Llama"), PLANS["top"])
+    assert entering_buffer(config, torch.device("cpu")) is None  # there are no graphs on a CPU
+    config.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
+    freeze = Freeze.__new__(Freeze)
+    freeze.layer_name, freeze.entering = "layer", entering_buffer(config, torch.device("cpu"))
+    read = []
+    freeze.upper = lambda _positions, states: read.append((states.data_ptr(), states.clone()))
+    given = [torch.randn(tokens, 128) for tokens in (3, 3, 1)]
+    with set_forward_context({"layer": None}, config):
+        for states in given:
+            freeze(torch.arange(len(states)), states)
+    assert {place for place, _ in read} == {freeze.entering.data_ptr()}
+    assert all(torch.equal(states, seen) for states, (_, seen) in zip(given, read, strict=True))

@@ -266,6 +266,7 @@ class Freeze:
             self.upper = Upper(vllm_config=vllm_config, layers=layers, norm=norm, family=family)
         with set_model_tag("frozen"):
             self.frozen = FrozenUpper(vllm_config=vllm_config, layers=layers, norm=norm, family=family)
+        self.entering = entering_buffer(vllm_config, next(layers[0].parameters()).device)
         first = getattr(layers[0], family.attention).attn
         self.layer_name = (first.attn if isinstance(first, WindowAttention) else first).layer_name
 
@@ -286,4 +287,20 @@ class Freeze:
                 selected = self.frozen(positions, hidden_states, rows.index, rows.generating)
             if isinstance(metadata, dict):
                 return torch.full_like(hidden_states, torch.nan).index_copy_(0, rows.index, selected)
+        if self.entering is not None:
+            hidden_states = self.entering[: len(hidden_states)].copy_(hidden_states)
         return self.upper(positions, hidden_states)
+
+
+def entering_buffer(vllm_config: VllmConfig, device: torch.device) -> torch.Tensor | None:
+    """`[max_num_batched_tokens, hidden_size]`: where the graphs of the upper layers read what enters them; None without
+    graphs.
+
+    vLLM lets go of what a model's last graph returns, so the graphs that are captured next, those of the upper layers,
+    would be given the same memory, and overwrite what they still have to read. vLLM's `gemma3n.py` says so of its own
+    two parts, and copies. It is the likely cause of the garbage that frozen layers wrote on a GPU; not proved there.
+    """
+    if vllm_config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE:
+        return None
+    shape = (vllm_config.scheduler_config.max_num_batched_tokens, vllm_config.model_config.get_hidden_size())
+    return torch.zeros(shape, dtype=vllm_config.model_config.dtype, device=device)
