@@ -302,5 +302,7 @@ def entering_buffer(vllm_config: VllmConfig, device: torch.device) -> torch.Tens
     """
     if vllm_config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE:
         return None
+    dtype = vllm_config.model_config.dtype
+    assert isinstance(dtype, torch.dtype)
     shape = (vllm_config.scheduler_config.max_num_batched_tokens, vllm_config.model_config.get_hidden_size())
-    return torch.zeros(shape, dtype=vllm_config.model_config.dtype, device=device)
+    return torch.zeros(shape, dtype=dtype, device=device)
