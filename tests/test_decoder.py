@@ -38,7 +38,7 @@ def test_equals_the_reference(tiny_models, family, skip):
         assert_same(answers(llm, prompts()), [reference.answer(prompt, NEW_TOKENS) for prompt in prompts()])
 
 
-@pytest.mark.parametrize("skip", [[4, 5], [1, 3]], ids=["top", "middle"])
+@pytest.mark.parametrize("skip", [[4, 5], pytest.param([1, 3], marks=pytest.mark.nightly)], ids=["top", "middle"])
 def test_compiled_equals_the_reference(tiny_models, skip):
     folder = tiny_models("Llama")
     reference = Reference(folder, skipping(skip))
