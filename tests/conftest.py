@@ -35,13 +35,15 @@ def group(item: pytest.Item) -> str:
     return TOGETHER.get(item.path.stem, item.path.stem)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist, which reads the groups
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Give it to the worker that runs its group."""
+    item.add_marker(pytest.mark.xdist_group(group(item)))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Order the files, and give each to one worker."""
+    """Order the groups."""
     places = {name: place for place, name in enumerate((*FIRST, "", *LAST))}
     items.sort(key=lambda item: places.get(group(item), places[""]))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
 
 
 @pytest.fixture(scope="session", autouse=True)
