@@ -48,7 +48,7 @@ compare: $(READY)  ## Load the embedded model and its default plan in turn, and 
 
 # Files are handed out to two workers, the longest first. Types are checked meanwhile.
 PYTEST := $(BIN)/python -m pytest
-TWO := --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+TWO := --numprocesses 2 --no-loadscope-reorder
 
 test: $(READY) system  ## Lint, check types, run the tests: twenty minutes on two cores
 	@$(MAKE) --no-print-directory -j2 lint tests

@@ -15,7 +15,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each of two
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -30,20 +30,28 @@ FIRST = ("test_engine_modes", "test_faults", "served", "test_head", "test_dashbo
 LAST = ("test_transformers_decoder",)
 
 
-def group(item: pytest.Item) -> str:
+def group(nodeid: str) -> str:
     """What one worker runs in one go: a file, or several."""
-    return TOGETHER.get(item.path.stem, item.path.stem)
-
-
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Give it to the worker that runs its group."""
-    item.add_marker(pytest.mark.xdist_group(group(item)))
+    file = Path(nodeid.partition("::")[0]).stem
+    return TOGETHER.get(file, file)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Order the groups."""
     places = {name: place for place, name in enumerate((*FIRST, "", *LAST))}
-    items.sort(key=lambda item: places.get(group(item), places[""]))
+    items.sort(key=lambda item: places.get(group(item.nodeid), places[""]))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Hand out groups: xdist's own `--dist loadgroup` gives no test its group with pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class GroupScheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group(nodeid)
+
+    return GroupScheduling(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
