@@ -25,7 +25,15 @@ if TYPE_CHECKING:
 # Files that ask the same server, which one worker starts.
 TOGETHER = dict.fromkeys(("test_endpoints", "test_load_served", "test_serve"), "served")
 # The longest first, so that two workers end together.
-FIRST = ("test_engine_modes", "test_faults", "served", "test_head", "test_dashboards", "test_families", "test_quality")
+FIRST = (
+    "test_engine_modes",
+    "test_faults",
+    "served",
+    "test_fallback_head",
+    "test_dashboards",
+    "test_families",
+    "test_quality",
+)
 # Engines over vLLM's Transformers backend, which changes transformers' classes for the whole process.
 LAST = ("test_transformers_decoder",)
 

@@ -122,7 +122,14 @@ def test_lets_them_through_for_those_who_want_to_find_out(tiny_models, monkeypat
 def test_serves_on_a_gpu_what_was_seen_there(tiny_models, monkeypatch):
     monkeypatch.delenv("VLLM_EXT_UNPROVED", raising=False)
     assert on_cuda(tiny_models("Llama"), skipping([4, 5]))
-    assert on_cuda(tiny_models("Llama"), {}, HeadPlan("rescored", slots=(2, 2)))
+
+
+def test_refuses_heads_on_a_gpu_that_were_never_seen_to_answer_right_there(tiny_models, monkeypatch):
+    monkeypatch.delenv("VLLM_EXT_UNPROVED", raising=False)
+    with pytest.raises(
+        ValueError, match="--head rescored: it was never seen to answer right on cuda; take another one"
+    ):
+        on_cuda(tiny_models("Llama"), {}, HeadPlan("rescored", slots=(2, 2)))
 
 
 def test_refuses_everything_on_a_device_that_nothing_was_seen_on(tiny_models, monkeypatch):

@@ -1,0 +1,81 @@
+"""Engines in processes of their own, several at once: for a card that has room for many."""
+
+import os
+from collections.abc import Mapping
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from tests.answers import Answer
+
+SECONDS = 280
+"""For one engine, from its start to its end."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Prompts in one batch, and how they are sampled: settings of `SamplingParams`, and a pattern to hold to."""
+
+    prompts: list[list[int]]
+    sampling: dict[str, Any] = field(default_factory=dict)
+    regex: str | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One engine, and what it is asked, one after the other."""
+
+    folder: Path
+    settings: dict[str, Any]
+    asks: tuple[Ask, ...]
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Done:
+    """What it answered, an ask each, and how many requests were preempted."""
+
+    answers: list[list[Answer]]
+    preempted: int
+
+
+def run(jobs: Mapping[str, Job], at_once: int) -> "dict[str, Future[Done]]":
+    """Run all jobs; a job that fails harms no other, and raises when its result is asked for."""
+    with ThreadPoolExecutor(at_once) as threads:
+        return {name: threads.submit(_apart, job) for name, job in jobs.items()}
+
+
+def _apart(job: Job) -> Done:
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        try:
+            return pool.submit(_engine, job).result(timeout=SECONDS)
+        except TimeoutError:
+            for process in pool._processes.values():
+                process.kill()
+            raise
+
+
+def _engine(job: Job) -> Done:
+    """In the process of its own."""
+    os.environ |= {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_EXT_UNPROVED": "1"} | job.environment
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    from tests.engines import engine
+
+    done = []
+    with engine(job.folder, disable_log_stats=False, **job.settings) as llm:
+        for ask in job.asks:
+            held = None if ask.regex is None else StructuredOutputsParams(regex=ask.regex)
+            defaults = {"temperature": 0, "logprobs": 0, "ignore_eos": held is None, "detokenize": False}
+            sampling = SamplingParams(**defaults | ask.sampling, structured_outputs=held)
+            given = llm.generate([{"prompt_token_ids": each} for each in ask.prompts], sampling, use_tqdm=False)
+            answers = []
+            for output in (each.outputs[0] for each in given):
+                chosen = zip(output.logprobs, output.token_ids, strict=True)
+                answers.append(Answer(list(output.token_ids), [row[token].logprob for row, token in chosen], []))
+            done.append(answers)
+        counted = [metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"]
+    return Done(done, int(sum(counted)))
