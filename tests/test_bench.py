@@ -7,13 +7,15 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from model_executors.attention_plan import AttentionPlan, LayerPlan
 from model_executors.heads.head_plan import HeadPlan
 from tests.command import vllm_ext
 from vllm_ext.bench import run as bench_run
 from vllm_ext.bench.command import Pair, measure
-from vllm_ext.bench.machine import Machine
+from vllm_ext.bench.machine import SIZES, Machine, Sizes
+from vllm_ext.bench.machine import measured as measured_machine
 from vllm_ext.bench.report import Row, interval, rows
 from vllm_ext.bench.run import Candidate, Round, Settings, rounds
 from vllm_ext.bench.shapes import SHAPES, write_shape
@@ -83,11 +85,51 @@ def test_what_was_interleaved_is_compared_step_by_step(tiny_models):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes_are_configurations_of_known_families(tmp_path, name):
-    parameters = {"llama-3.2-1b": 973, "qwen2.5-0.5b": 358, "gemma-3-270m": 100}
+    parameters = {"llama-3.1-8b": 6979, "llama-3.2-1b": 973, "qwen2.5-0.5b": 358, "gemma-3-270m": 100}
     shape = Pair.of_shape(name, tmp_path).shape
     assert round(sum(each.attention + each.mlp for each in shape.layers) / 1e6) == parameters[name]
     planned = Checkpoint.open(str(write_shape(name, tmp_path / "p", {5: LayerPlan("skip")})), weights=False)
     assert planned.plan.skipped == [5]
+
+
+@pytest.mark.parametrize("text", ["prefill:32768", "decode:1x16384", "decode:256x128", "mixed:200x128+512"])
+def test_work_for_large_gpus_is_accepted(tmp_path, text):
+    pair = Pair.of_shape("llama-3.1-8b", tmp_path, {31: LayerPlan("skip")})
+    for candidate in pair.candidates(Settings((text,)), ()).values():
+        args = dict(zip(candidate.vllm_args, candidate.vllm_args[1:], strict=False))
+        assert int(args["--max-model-len"]) >= Work.parse(text).longest(3)
+        assert int(args.get("--max-num-seqs", 128)) > Work.parse(text).streams
+
+
+def test_streams_that_do_not_fit_are_not_timed():
+    answered = SimpleNamespace(request_id="1", outputs=[SimpleNamespace(token_ids=[5])])
+    stub = SimpleNamespace(
+        model_config=SimpleNamespace(get_vocab_size=lambda: 99),
+        add_request=lambda *_: None,
+        step=lambda: [answered, SimpleNamespace(request_id="2", outputs=answered.outputs)][: 2 - slow.pop()],
+    )
+    slow = [1, 0, 0, 0]  # all get their first tokens, and then one waits
+    with pytest.raises(
+        ValueError, match="--work decode:2x9: of 2 streams only 1 fit in the KV cache or in --max-num-seqs"
+    ):
+        next(Bench(stub, 0).time(Work.parse("decode:2x9"), 1))
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+        ),
+    ],
+)
+@pytest.mark.parametrize("element_bytes", [2, 4])
+def test_the_roof_is_what_the_device_reaches(monkeypatch, device, element_bytes):
+    monkeypatch.setitem(SIZES, "cpu", Sizes(64, 64, 64, 2**20))
+    roof = measured_machine(element_bytes, device)
+    assert roof.flops > (1e13 if device == "cuda" else 1e6)
+    assert roof.bandwidth > (5e11 if device == "cuda" else 1e6)
 
 
 def test_refuses_what_cannot_be_measured(tiny_models, tmp_path, monkeypatch):
@@ -95,7 +137,7 @@ def test_refuses_what_cannot_be_measured(tiny_models, tmp_path, monkeypatch):
     llama = tiny_models("Llama")
     done = vllm_ext("bench", "--shape", "gpt", "--skip", "5", "--enforce-eager")
     assert done.returncode == 2
-    assert done.stderr.startswith("error: --shape gpt: no such shape; use one of llama-3.2-1b, ")
+    assert done.stderr.startswith("error: --shape gpt: no such shape; use one of llama-3.1-8b, ")
     assert done.stdout == ""
     for arguments, told in (
         ((llama,), "bench needs either --planned, or some of --skip, --freeze and --head"),

@@ -24,6 +24,8 @@ from vllm_ext.versions import vllm_problem
 
 BLOCK = 128
 """Tokens of a block of the KV cache on a CPU."""
+SEQUENCES, MANY_SEQUENCES = 128, 1024
+"""Requests that vLLM takes at once by itself, on a CPU and on a large GPU."""
 DUMMY = ("--load-format", "dummy")
 UNTOKENIZED = ("--skip-tokenizer-init",)  # prompts are token ids
 
@@ -107,6 +109,9 @@ class Pair:
         args = [*args, *self.vllm_args, *UNTOKENIZED]
         if not any(each.startswith("--max-model-len") for each in args):
             args += ["--max-model-len", str(_max_model_len(stock, settings))]
+        streams = max(Work.parse(text).streams for text in settings.work)
+        if streams >= SEQUENCES and not any(each.startswith("--max-num-seqs") for each in args):
+            args += ["--max-num-seqs", str(max(streams + 1, MANY_SEQUENCES))]
         # On random tokens all rows would be unsure.
         prose = _prose(stock) if 0 < self.variant.head.threshold < 1 else ()
         return {

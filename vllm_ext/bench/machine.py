@@ -18,9 +18,20 @@ import torch
 
 from vllm_ext.costs import Part
 
-ROWS, WIDE, DEEP = 1024, 3072, 1024
-BYTES = 2**29
 REPEATS = 9
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the products that a kind of device is measured with."""
+
+    rows: int
+    wide: int
+    deep: int
+    bytes: int
+
+
+SIZES = {"cpu": Sizes(1024, 3072, 1024, 2**29), "cuda": Sizes(8192, 8192, 8192, 2**32)}
 
 
 @dataclass(frozen=True)
@@ -37,25 +48,29 @@ class Machine:
         return sum(max(part.flops / self.flops, part.bytes / self.bandwidth) for part in parts)
 
 
-def measured(element_bytes: int = 2) -> Machine:
-    """Of weights that take so many bytes each: of a product of 1,024 rows with a matrix that a cache can hold, and of
-    reading what is far larger than caches.
+def measured(element_bytes: int = 2, device: str = "") -> Machine:
+    """Of weights that take so many bytes each, on the GPU where there is one: of a product of rows with a matrix, which
+    on a CPU a cache can hold, and of reading what is far larger than caches.
     """
-    dtype = {2: torch.bfloat16, 4: torch.float32}[element_bytes]
-    rows, matrix = torch.randn(ROWS, DEEP).to(dtype), torch.randn(WIDE, DEEP).to(dtype)
-    large = torch.ones(BYTES // 4)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype, sizes = {2: torch.bfloat16, 4: torch.float32}[element_bytes], SIZES[device]
+    rows = torch.randn(sizes.rows, sizes.deep, device=device).to(dtype)
+    matrix = torch.randn(sizes.wide, sizes.deep, device=device).to(dtype)
+    large = torch.ones(sizes.bytes // 4, device=device)
     with torch.inference_mode():
+        product = _best(lambda: torch.nn.functional.linear(rows, matrix), device)
         return Machine(
-            flops=2 * ROWS * WIDE * DEEP / _best(lambda: torch.nn.functional.linear(rows, matrix)),
-            bandwidth=BYTES / _best(large.amax),
+            flops=2 * sizes.rows * sizes.wide * sizes.deep / product, bandwidth=sizes.bytes / _best(large.amax, device)
         )
 
 
-def _best(run: Callable[[], object]) -> float:
+def _best(run: Callable[[], object], device: str) -> float:
     """The shortest of some runs: a roof is what is reached when nothing else runs."""
     taken = []
     for _ in range(REPEATS):
         start = time.perf_counter()
         run()
+        if device == "cuda":
+            torch.cuda.synchronize()
         taken.append(time.perf_counter() - start)
     return min(taken)

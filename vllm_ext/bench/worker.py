@@ -71,7 +71,13 @@ class Bench:
             self.generating(work.streams, work.context, work.answer_tokens(repeats))
         for _ in range(work.samples(repeats)):
             if work.kind == "decode":
-                yield self.step()[0]
+                seconds, answered = self.step()
+                if answered and len(answered) < work.streams:
+                    raise ValueError(
+                        f"--work {work}: of {work.streams} streams only {len(answered)} fit in the KV cache or in "
+                        "--max-num-seqs; choose fewer, or give more"
+                    )
+                yield seconds
                 continue
             name, spent, answered = self.add(work.prompt, 1), 0.0, dict[str, int]()
             while name not in answered:
