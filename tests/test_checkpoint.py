@@ -10,9 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from model_executors.attention_plan import LayerPlan
 from tests.tiny import NUM_LAYERS
-from vllm_ext.checkpoint import FITTED, INDEX, Checkpoint, complete_folder, write_planned
+from vllm_ext.checkpoint import FITTED, INDEX, Checkpoint, Fit, complete_folder, write_planned
 from vllm_ext.errors import UsageError
-from vllm_ext.offline.fit import Fit
 
 SKIP = LayerPlan("skip")
 CHANGES = {

@@ -9,7 +9,7 @@ from tests.fitted import write_random
 from tests.tiny import NUM_LAYERS, prompts
 from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.offline import evaluator
-from vllm_ext.offline.evaluator import Asked
+from vllm_ext.offline.evaluator import Evaluator
 from vllm_ext.offline.model import Changed, OfflineModel, generate
 from vllm_ext.probe.manipulations import Manipulation, manipulation
 from vllm_ext.tasks.items import Item, Task
@@ -33,16 +33,16 @@ def task(score="answers"):
 
 
 def test_batches_change_nothing(model, monkeypatch):
-    whole = Asked(model, task()).manipulated(manipulation("shuffle", 2, NUM_LAYERS, 0))
+    whole = Evaluator(model, task()).manipulated(manipulation("shuffle", 2, NUM_LAYERS, 0))
     monkeypatch.setattr(evaluator, "BATCH_TOKENS", 1)
-    asked = Asked(model, task())
+    asked = Evaluator(model, task())
     assert len(asked.batches) == 4
     alone = asked.manipulated(manipulation("shuffle", 2, NUM_LAYERS, 0))
     assert alone.nll == pytest.approx(whole.nll, abs=1e-4)
 
 
 def test_states_let_go_of_are_made_again(model):
-    asked = Asked(model, task())
+    asked = Evaluator(model, task())
     before = asked.manipulated(manipulation("skip", 3, NUM_LAYERS, 0))
     asked.forget(NUM_LAYERS)
     assert asked.manipulated(manipulation("skip", 3, NUM_LAYERS, 0)) == before
@@ -54,8 +54,8 @@ def test_counts_tokens_or_whole_answers(model):
     own = generate(Changed(model), asked, 4).tolist()
     own[0][3] = (own[0][3] + 1) % 256
     items = tuple(Item(tuple(prompt), tuple(answer)) for prompt, answer in zip(asked.tolist(), own, strict=True))
-    assert Asked(model, Task("t", "answers", items)).manipulated(Manipulation(0)).scores == [0.0, 1.0]
-    assert Asked(model, Task("t", "tokens", items)).manipulated(Manipulation(0)).scores == [0.75, 1.0]
+    assert Evaluator(model, Task("t", "answers", items)).manipulated(Manipulation(0)).scores == [0.0, 1.0]
+    assert Evaluator(model, Task("t", "tokens", items)).manipulated(Manipulation(0)).scores == [0.75, 1.0]
 
 
 def test_what_a_served_plan_answers_is_right_under_the_same_plan(tiny_models, tmp_path):
@@ -69,7 +69,7 @@ def test_what_a_served_plan_answers_is_right_under_the_same_plan(tiny_models, tm
     model = OfflineModel(Checkpoint.open(str(stock), weights=True))
     from safetensors.torch import load_file
 
-    given = Asked(model, Task("served", "answers", items))
+    given = Evaluator(model, Task("served", "answers", items))
     planned = given.plan(PLAN, load_file(folder / "vllm_ext.safetensors"))
     assert planned.scores == [1.0] * len(asked)
     assert planned.nll == pytest.approx([-sum(each.logprobs) / 6 for each in served], abs=2e-4)

@@ -301,7 +301,7 @@ def test_the_command_writes_a_checkpoint_of_every_kind(llama, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "plan needs --skip, --window, --freeze or --auto"),
+        ([], "plan needs --skip, --window or --freeze"),
         (["--window", "5:8", "--text", "nowhere"], "--text nowhere: cannot be read"),
         (["--window", "5:8", "--length", "513"], "--length 513: the model takes 512 tokens"),
         (["--skip", "5", "--out", "."], "--out .: it exists already"),

@@ -53,7 +53,7 @@ def test_takes(goal, taken):
 @pytest.mark.parametrize(
     ("goal", "message"),
     [
-        (Goal(kv_saving=0.7), r"--kv-saving 0.7: the plans found save up to 0.60; ask for less, or raise --passes"),
+        (Goal(kv_saving=0.7), r"--kv-saving 0.7: the plans found save up to 0.60; ask for less"),
         (Goal(max_loss=0.001), r"--max-loss 0.001: the plans found that save enough lose at least 0.005"),
         (Goal(max_loss=0.02, kv_saving=0.45), r"--max-loss 0.02: the plans found that save enough lose at least 0.050"),
     ],

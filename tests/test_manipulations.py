@@ -9,7 +9,7 @@ from tests.reference import Reference
 from tests.tiny import NUM_LAYERS, prompts
 from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.offline.batch import Batch
-from vllm_ext.offline.evaluator import Asked
+from vllm_ext.offline.evaluator import Evaluator
 from vllm_ext.offline.model import Changed, OfflineModel, generate
 from vllm_ext.probe.injection import Pairs
 from vllm_ext.probe.manipulations import NAMES, injected, manipulation, randomised, shuffled
@@ -66,7 +66,7 @@ def slow_nll(folder, name, layer):
 @pytest.mark.parametrize("layer", [0, 3, NUM_LAYERS - 1])
 @pytest.mark.parametrize("name", NAMES)
 def test_equals_the_slow_one(tiny_models, model, name, layer):
-    made = Asked(model, Task("tiny", "answers", ITEMS)).manipulated(manipulation(name, layer, NUM_LAYERS, SEED))
+    made = Evaluator(model, Task("tiny", "answers", ITEMS)).manipulated(manipulation(name, layer, NUM_LAYERS, SEED))
     assert made.nll == pytest.approx(slow_nll(tiny_models("Llama"), name, layer), abs=2e-3)
 
 
@@ -133,4 +133,4 @@ def test_writes_as_if_each_pass_were_whole(tiny_models, model, name):
     items = tuple(
         Item(tuple(prompt), tuple(answer)) for prompt, answer in zip(asked.tolist(), written.tolist(), strict=True)
     )
-    assert Asked(model, Task("written", "answers", items)).manipulated(done).scores == [1.0, 1.0]
+    assert Evaluator(model, Task("written", "answers", items)).manipulated(done).scores == [1.0, 1.0]

@@ -1,4 +1,4 @@
-"""The search on models whose idle and retrieving layers are known, because they were planted."""
+"""The scan and the search on models whose idle and retrieving layers are known, because they were planted."""
 
 import pytest
 import torch
@@ -6,15 +6,18 @@ import torch
 from model_executors.attention_plan import KINDS, LayerPlan
 from tests.tiny import NUM_LAYERS, prompts
 from vllm_ext.checkpoint import Checkpoint
-from vllm_ext.offline.evaluator import Asked
 from vllm_ext.offline.fit import fit_passages
 from vllm_ext.offline.model import Changed, OfflineModel, generate, load
-from vllm_ext.planner.constants import fit_alone
-from vllm_ext.planner.search import Budget, Exhausted, Search
+from vllm_ext.planner.linear import LINEAR, fit_alone
+from vllm_ext.planner.scan import Scan, scan
+from vllm_ext.planner.search import Search
+from vllm_ext.planner.trials import KEYS, Trials
+from vllm_ext.reports.journal import Journal
 from vllm_ext.tasks.items import Item, Task
 
 LAYERS = range(NUM_LAYERS)
 PASSAGES = torch.randint(3, 256, (4, 64), generator=torch.Generator().manual_seed(0))
+WINDOW = LayerPlan("window", 8)
 
 
 def planted(stock, attending):
@@ -25,84 +28,100 @@ def planted(stock, attending):
     return model
 
 
-def search(model, passes=1_000.0, layers=LAYERS):
+def trials(model, out):
     asked = torch.tensor(prompts((40,) * 6))
     own = generate(Changed(model), asked, 6).tolist()
     items = tuple(Item(tuple(prompt), tuple(answer)) for prompt, answer in zip(asked.tolist(), own, strict=True))
-    fitted = fit_alone(model, [model.enter(PASSAGES)], 8, layers)
-    budget = Budget(passes)
-    tasks = [Asked(model, Task("one", "answers", items[:3])), Asked(model, Task("other", "answers", items[3:]))]
-    return Search(tasks, fitted, 8, KINDS, layers, budget, lambda what: None), budget
+    tasks = [Task("one", "answers", items[:3], length=46), Task("other", "answers", items[3:])]
+    journal = Journal(out / "trials" / "trials.jsonl", {}, KEYS)
+    fitted = fit_alone(model, [model.enter(PASSAGES)], LAYERS)
+    return Trials(lambda: model, tasks, "search", journal, NUM_LAYERS, lambda: fitted, lambda *_: None)
 
 
-def test_idle_layers_are_found(tiny_models):
+def search(made, layers=LAYERS, windows=(8,)):
+    scanned = scan(made, 8, layers)
+    return Search(made, scanned, windows, (4,), KINDS, lambda changes: len(changes) / NUM_LAYERS)
+
+
+def test_idle_layers_are_found(tiny_models, tmp_path):
     """The upper three."""
-    found, _ = search(planted(tiny_models("Llama"), range(3)))
-    path = found.windows()
-    assert set(path[2].changes) == {3, 4, 5}
-    assert path[2].missed == pytest.approx(0, abs=1e-5)
-    assert found.missed({2: LayerPlan("window", 8)}) > 0.01
-    frozen, skipped = found.tops({}, 1e-5)
-    assert {each.kind for each in frozen.changes.values()} == {"freeze"}
-    assert {layer: each.kind for layer, each in skipped.changes.items()} == dict.fromkeys((3, 4, 5), "skip")
+    made = trials(planted(tiny_models("Llama"), range(3)), tmp_path)
+    found = search(made)
+    assert set(found.scan.order[:3]) == {3, 4, 5}
+    best = found.most(1e-4, WINDOW, found.scan.order, {})
+    assert set(best.changes) >= {3, 4, 5}
+    assert best.missed <= 1e-4
+    frozen, skipped = found.tops(best)
+    assert {each.kind for each in frozen.changes.values()} >= {"freeze"}
+    assert {layer for layer, each in skipped.changes.items() if each.kind == "skip"} == {3, 4, 5}
 
 
-def test_the_only_retrieving_layer_is_kept(tiny_models):
-    found, _ = search(planted(tiny_models("Llama"), [2]))
-    alone = found.alone(LayerPlan("window", 8))
-    assert min(alone, key=lambda layer: -alone[layer]) == 2
-    assert alone[2] > 0.01 > 1e-5 > max(missed for layer, missed in alone.items() if layer != 2)
-    path = found.windows()
-    assert set(path[4].changes) == set(LAYERS) - {2}
-    assert 2 not in found.tops({}, 1e-5)[1].changes
+def test_the_only_layer_that_retrieves_is_kept(tiny_models, tmp_path):
+    made = trials(planted(tiny_models("Llama"), [2]), tmp_path)
+    found = search(made)
+    assert found.scan.order[-1] == 2
+    assert found.scan.most(2) > 0.02 > 1e-4 > max(found.scan.most(layer) for layer in LAYERS if layer != 2)
+    assert found.scan.fetching == [2]
+    assert set(found.most(0.01, WINDOW, found.scan.order, {}).changes) == set(LAYERS) - {2}
+    for top in found.tops(found.most(0.01, WINDOW, found.scan.order, {})):
+        assert min(layer for layer, each in top.changes.items() if each.kind != "window") > 2
 
 
-def test_layers_that_may_not_be_changed_are_not(tiny_models):
-    found, _ = search(planted(tiny_models("Llama"), [0]), layers=[1, 3, 5])
-    assert set(found.windows()[-1].changes) == {1, 3, 5}
-    assert set(found.tops({}, 1e-5)[1].changes) == {5}
+def test_layers_that_may_not_be_changed_are_not(tiny_models, tmp_path):
+    made = trials(planted(tiny_models("Llama"), [0]), tmp_path)
+    found = search(made, layers=[1, 3, 5])
+    assert set(found.most(0.01, WINDOW, found.scan.order, {}).changes) == {1, 3, 5}
+    (front,) = {tuple(sorted(each.changes)) for each in found.front()}
+    assert front == (1, 3, 5)
 
 
-def test_windows_on_top(tiny_models):
-    found, _ = search(planted(tiny_models("Llama"), range(3)))
-    two, three, all_of_them = (found.on_top(lambda changes, n=n: len(changes) >= n) for n in (2, 3, 99))
-    assert set(two.changes) == {4, 5}
-    assert three.missed == pytest.approx(0, abs=1e-5)
-    assert set(all_of_them.changes) == set(LAYERS)
-    assert all_of_them.missed > 0.01
+def test_as_many_layers_as_one_by_one_would_find(tiny_models, tmp_path):
+    """By halves, where each layer more is missed more."""
+    made = trials(planted(tiny_models("Llama"), range(6)), tmp_path)
+    found = search(made)
+    costs = [made.missed(dict.fromkeys(found.scan.order[:count], WINDOW)) for count in range(NUM_LAYERS + 1)]
+    slack = sorted(costs)[NUM_LAYERS // 2]
+    best = found.most(slack, WINDOW, found.scan.order, {})
+    assert best.missed <= slack
+    assert best.missed == pytest.approx(costs[len(best.changes)])
+    assert len(best.changes) == NUM_LAYERS or costs[len(best.changes) + 1] > slack
 
 
-def test_keeps_to_its_budget(tiny_models):
-    model = planted(tiny_models("Llama"), [0, 1])
-    found, budget = search(model, passes=7)
-    path = found.windows()
-    assert 6 < budget.used <= 7
-    # One pass for the unchanged model, and for each layer alone the part of the model from there on: 21 sixths.
-    assert budget.used >= 1 + 21 / 6
-    assert len(path) < NUM_LAYERS
-    with pytest.raises(Exhausted):
-        found.missed({0: LayerPlan("window", 8), 1: LayerPlan("window", 8)})
-    assert found.missed({5: LayerPlan("window", 8)}) == pytest.approx(0, abs=1e-5)  # tried before
-
-
-def test_what_is_missed_is_the_mean_or_half_of_the_worst(tiny_models):
-    found, _ = search(planted(tiny_models("Llama"), range(6)))
-    changes = {2: LayerPlan("window", 8), 4: LayerPlan("skip", consolidation="linear")}
-    more = []
-    for each in found.asked:
-        before, after = each.plan({}, {}), each.plan(changes, found.fitted)
-        more.append(max(sum(after.nll) / 3 - sum(before.nll) / 3, 0))
-    assert found.missed(changes) == pytest.approx(max(sum(more) / 2, max(more) / 2))
+def test_what_is_missed_is_the_mean_or_half_of_the_worst(tiny_models, tmp_path):
+    made = trials(planted(tiny_models("Llama"), range(6)), tmp_path)
+    changes = {2: WINDOW, 4: LINEAR}
+    more = [max(made.lost(task, changes), 0) for task in made.tasks]
+    assert made.missed(changes) == pytest.approx(max(sum(more) / 2, max(more) / 2))
     assert max(more) > 0.01
+    assert made.missed(changes, enough=0) <= made.missed(changes)
 
 
-@pytest.mark.parametrize("plan", [LayerPlan("window", 8), LayerPlan("skip", consolidation="linear")], ids=str)
-def test_layers_fitted_alone_are_fitted_as_if_no_other_were_changed(tiny_models, plan):
+def test_no_trial_is_made_twice(tiny_models, tmp_path):
+    made = trials(planted(tiny_models("Llama"), [0]), tmp_path)
+    told = []
+    made.tell = lambda task, tokens: told.append(task)
+    first = made.scores(made.tasks[0], {0: WINDOW})
+    assert made.scores(made.tasks[0], {0: WINDOW}) == first
+    assert told == ["one"]
+    again = Trials(made.model, made.tasks, "search", Journal(made.journal.file, {}, KEYS), 6, made.fitted, made.tell)
+    assert again.scores(made.tasks[0], {0: WINDOW}) == first
+    assert told == ["one"]
+    assert again.scores(made.tasks[0], {0: LayerPlan("window", 8, 2)}) != first
+    assert told == ["one", "one"]
+
+
+def test_layers_are_ordered_by_the_task_that_misses_them_most():
+    scanned = Scan(8, {"a": {0: 0.0, 1: 0.5, 2: 0.01}, "b": {0: 0.1, 1: 0.0, 2: 0.015}})
+    assert scanned.order == [2, 0, 1]
+    assert scanned.fetching == [0, 1]
+
+
+def test_layers_fitted_alone_are_fitted_as_if_no_other_were_changed(tiny_models):
     source = Checkpoint.open(str(tiny_models("Llama")), weights=True)
     model = OfflineModel(source)
-    made = fit_alone(model, [model.enter(each) for each in PASSAGES.split(2)], 8, [1, 4])
+    made = fit_alone(model, [model.enter(each) for each in PASSAGES.split(2)], [1, 4])
     for layer in (1, 4):
-        alone, _ = fit_passages(load(source.folder), source.family, source.planned({layer: plan}), PASSAGES)
+        alone, _ = fit_passages(load(source.folder), source.family, source.planned({layer: LINEAR}), PASSAGES)
         assert alone
         for name, tensor in alone.items():
             torch.testing.assert_close(made[name].float(), tensor.float(), atol=1e-4, rtol=1e-3)

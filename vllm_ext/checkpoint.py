@@ -27,8 +27,6 @@ from vllm_ext.errors import UsageError
 if TYPE_CHECKING:  # it needs torch, which takes seconds to load
     import torch
 
-    from vllm_ext.offline.fit import Fit
-
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 FITTED = "vllm_ext.safetensors"
@@ -272,6 +270,14 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
+class Fit:
+    """What was fitted: the tensors by their names in a checkpoint, on the CPU, and what they were fitted on."""
+
+    tensors: "dict[str, torch.Tensor]"
+    provenance: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Trained:
     """What self-distillation made: the head, its tensors by their names in a checkpoint, and how it was trained."""
 
@@ -283,12 +289,17 @@ class Trained:
 
 
 def write_planned(
-    source: Checkpoint, plan: AttentionPlan, out: Path, fit: "Fit | None" = None, trained: Trained | None = None
+    source: Checkpoint,
+    plan: AttentionPlan,
+    out: Path,
+    fit: Fit | None = None,
+    trained: Trained | None = None,
+    judged: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a planned checkpoint: weight files without the skipped tensors, those fitted and trained, all else linked
     or copied.
 
-    The folder appears under its name only when it is complete.
+    The folder appears under its name only when it is complete. `judged` says what the plan was judged by.
 
     Raises:
         UsageError: where `out` exists or cannot be written, or the source's weights are not whole.
@@ -310,6 +321,8 @@ def write_planned(
         if trained is not None:
             added |= trained.tensors
             changed[CONFIG_KEY] |= {"head": trained.head.to_config(), "training": trained.provenance}
+        if judged is not None:
+            changed[CONFIG_KEY]["judged"] = dict(judged)
         if added:
             save_file(added, building / FITTED, {"format": "pt"})
             weight_map |= dict.fromkeys(added, FITTED)

@@ -13,7 +13,7 @@ from typing import Any
 
 from model_executors.attention_plan import CONFIG_KEY, AttentionPlan
 from model_executors.heads.head_plan import HeadPlan, head_tensor_name
-from vllm_ext.checkpoint import CONFIG, FITTED, Checkpoint, Trained, complete_folder, write_planned
+from vllm_ext.checkpoint import CONFIG, FITTED, Checkpoint, Fit, Trained, complete_folder, write_planned
 from vllm_ext.errors import UsageError
 
 NAME = "SmolLM2-135M-Instruct"
@@ -81,28 +81,27 @@ def fetch_heads(folder: Path | None = None) -> Path:
 
 
 def _fetch_shipped(shipped: Path, kind: str, folder: Path | None) -> Path:
-    """The embedded model with what is shipped: a `config.json` of our section alone, and tensors."""
+    """The embedded model with what is shipped: a `config.json` of our section alone, and tensors if it needs any."""
     from safetensors.torch import load_file
-
-    from vllm_ext.offline.fit import Fit
 
     section = json.loads((shipped / CONFIG).read_text())
     if folder is None:
-        digests = "".join(sha256(shipped / name) for name in (CONFIG, FITTED))
+        digests = "".join(sha256(shipped / name) for name in (CONFIG, FITTED) if (shipped / name).exists())
         folder = default_folder().with_name(f"{NAME}-{kind}-{hashlib.sha256(digests.encode()).hexdigest()[:8]}")
     if folder.exists():
         written = Checkpoint.open(str(folder), weights=False).config.get(CONFIG_KEY, {})
-        if any(written.get(key) != section.get(key) for key in ("attention_plan", "fit", "head", "training")):
+        if any(written.get(key) != section.get(key) for key in ("attention_plan", "fit", "judged", "head", "training")):
             raise UsageError(f"{folder}: not the checkpoint that was written there; remove the folder and fetch again")
         return folder
     source = Checkpoint.open(str(fetch()), weights=True)
     plan = AttentionPlan.from_config(section, source.num_layers)
-    tensors = load_file(shipped / FITTED)
+    tensors = load_file(shipped / FITTED) if (shipped / FITTED).exists() else {}
     heads = {name: tensors.pop(name) for name in list(tensors) if name.startswith(head_tensor_name(""))}
     trained = None
     if "head" in section:
         trained = Trained(HeadPlan.from_config(section["head"]), heads, {}, section["training"])
-    write_planned(source, plan, folder, Fit(tensors, section["fit"]) if plan.fitted else None, trained)
+    fit = Fit(tensors, section["fit"]) if plan.fitted else None
+    write_planned(source, plan, folder, fit, trained, section.get("judged"))
     return folder
 
 

@@ -26,7 +26,7 @@ class Scores:
     """Nats a token of the answers; none where the model writes them itself."""
 
 
-class Asked:
+class Evaluator:
     """A task's items in batches of about one length, with what the unchanged model makes of each at every layer."""
 
     def __init__(self, model: OfflineModel, task: Task, tokenizer: Any = None) -> None:

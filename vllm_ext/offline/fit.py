@@ -11,7 +11,6 @@ import math
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,7 +20,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from model_executors.attention_plan import AttentionPlan, LayerPlan, tensor_name
 from model_executors.families import Family, own_window
-from vllm_ext.checkpoint import Checkpoint
+from vllm_ext.checkpoint import Checkpoint, Fit
 from vllm_ext.errors import UsageError
 from vllm_ext.offline.attentions import Seen, Skipped, Windowed, attending, capped
 from vllm_ext.offline.model import Call, load, read_tokenizer
@@ -31,14 +30,6 @@ from vllm_ext.versions import offline_versions
 
 RIDGE = 1e-3
 """Added to the diagonal of the inputs' covariance, as a part of its mean."""
-
-
-@dataclass(frozen=True)
-class Fit:
-    """What was fitted: the tensors by their names in a checkpoint, on the CPU, and what they were fitted on."""
-
-    tensors: dict[str, torch.Tensor]
-    provenance: dict[str, Any]
 
 
 def fit(

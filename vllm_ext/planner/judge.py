@@ -1,13 +1,10 @@
 """Plans judged on other items than they were found with, and which of them is taken."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-
-import torch
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from vllm_ext.errors import UsageError
-from vllm_ext.offline.evaluator import Asked
-from vllm_ext.planner.search import Changes
+from vllm_ext.planner.trials import Changes, Trials
 from vllm_ext.reports.figures import Figure, accuracy
 
 
@@ -22,16 +19,23 @@ class Judged:
     """Scores by task, with their ratios to the unchanged model's."""
     kept: float
     """The mean score of all tasks, as a part of the unchanged model's."""
+    missed: float = 0.0
+    """Nats a token on the search's items."""
+    depths: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    """Of tasks that retrieve, by name: each item's `depth`, its `length` in tokens and its `score`, and what the
+    unchanged model scores, `stock`."""
 
     @property
     def worst(self) -> float:
         """The least part of a task's score that is kept."""
-        return min(task.ratio for task in self.tasks.values() if task.ratio is not None)
+        return min((task.ratio for task in self.tasks.values() if task.ratio is not None), default=1.0)
 
     @property
     def loss(self) -> float:
         """Of the mean score, or half of what a task loses for sure, whichever is more: a task has too few items to tell
         a few hundredths from chance, so there the near end of its interval counts.
+
+        So no task, and no length of one that retrieves, may surely lose more than twice what the mean may.
         """
         sure = (each.interval[1] if each.interval else each.ratio for each in self.tasks.values())
         return max(1 - self.kept, *((1 - kept) / 2 for kept in sure if kept is not None))
@@ -69,10 +73,8 @@ class Goal:
         if self.max_loss is None:
             if saving:
                 return min(saving, key=lambda each: (each.loss, -each.prefill_saved))
-            most = max(each.kv_saved for each in judged)
-            raise UsageError(
-                f"--kv-saving {self.kv_saving}: the plans found save up to {most:.2f}; ask for less, or raise --passes"
-            )
+            most = max((each.kv_saved for each in judged), default=0.0)
+            raise UsageError(f"--kv-saving {self.kv_saving}: the plans found save up to {most:.2f}; ask for less")
         good = [each for each in saving if each.loss <= self.max_loss]
         if good:
             return max(good, key=lambda each: (each.kv_saved, each.prefill_saved))
@@ -83,29 +85,30 @@ class Goal:
         )
 
 
-class Judge:
-    """Items to judge on, and what the unchanged model makes of them.
+def judge(
+    trials: Trials, changes: Changes, seed: int, kv_saved: float, prefill_saved: float, missed: float = 0.0
+) -> Judged:
+    """Score a plan on the judge's items.
 
     Raises:
-        UsageError: where it gets none of them right.
+        UsageError: where the unchanged model gets none of them right.
 
     """
-
-    def __init__(self, asked: Sequence[Asked], seed: int) -> None:
-        self.asked, self.seed = asked, seed
-        self.unchanged = {each.task.name: each.plan({}, {}).scores for each in asked}
-        if not any(any(scores) for scores in self.unchanged.values()):
-            raise UsageError(f"the model gets nothing right of {', '.join(self.unchanged)}; give it other tasks")
-
-    def judge(
-        self, changes: Changes, fitted: Mapping[str, torch.Tensor], kv_saved: float, prefill_saved: float
-    ) -> Judged:
-        """Score a plan."""
-        tasks = {}
-        for each in self.asked:
-            each.forget(len(each.model.layers))  # of a large model, they are too much to keep
-            before = self.unchanged[each.task.name]
-            tasks[each.task.name] = accuracy(each.plan(changes, fitted).scores, before, self.seed)
-        before_all = sum(sum(scores) / len(scores) for scores in self.unchanged.values())
-        kept = sum(task.value for task in tasks.values()) / before_all
-        return Judged(changes, kv_saved, prefill_saved, tasks, kept)
+    before = {task.name: trials.scores(task, {}).scores for task in trials.tasks}
+    if not any(any(scores) for scores in before.values()):
+        raise UsageError(f"the model gets nothing right of {', '.join(before)}; give it other tasks")
+    after = {task.name: trials.scores(task, changes).scores for task in trials.tasks}
+    figures = {name: accuracy(scores, before[name], seed) for name, scores in after.items()}
+    before_all = sum(sum(scores) / len(scores) for scores in before.values())
+    depths = {
+        task.name: {
+            "depth": [each.depth if each.depth is not None else 0.0 for each in task.items],
+            "length": [float(len(each.prompt) + len(each.answer)) for each in task.items],
+            "score": after[task.name],
+            "stock": before[task.name],
+        }
+        for task in trials.tasks
+        if task.length is not None
+    }
+    kept = sum(figure.value for figure in figures.values()) / before_all
+    return Judged(changes, kv_saved, prefill_saved, figures, kept, missed, depths)

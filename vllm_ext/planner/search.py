@@ -1,54 +1,26 @@
-"""A search over attention plans that keeps within a budget of forward passes.
+"""The search: windows on as many layers as can be, from the scan's order, and a top that is frozen or left out.
 
 *Attend First, Consolidate Later* (arXiv 2409.03621) finds by hand how many of the top layers can do without attention.
-Here each layer is tried alone, then windows are given to more and more layers, the least missed first, or to as many of
-the top ones; and it is tried to leave the top layers out, or to freeze them. What is missed is measured on tasks that
-retrieve and on prose together: on prose alone the lower layers, which gather, look idle.
+But a layer that fetches may lie anywhere, so here the layers that are missed least go first. For each size of window it
+is sought how many of them may have it; then whether the rest, which fetch, may have a larger one.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-
-import torch
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from model_executors.attention_plan import FULL, AttentionPlan, Kind, LayerPlan
-from vllm_ext.offline.evaluator import Asked, Scores
-from vllm_ext.planner.constants import LINEAR
+from vllm_ext.planner.scan import Scan
+from vllm_ext.planner.trials import Changes, Trials
 
-CANDIDATES = 3
-"""Layers tried at each step."""
-ENOUGH = 0.3
-"""Nats: a plan that misses more leads nowhere."""
-
-Changes = Mapping[int, LayerPlan]
-
-
-class Exhausted(Exception):  # noqa: N818 - the planned end
-    """The budget is used up."""
-
-
-@dataclass
-class Budget:
-    """Forward passes of the whole model over all items of the search."""
-
-    passes: float
-    used: float = 0
-
-    def take(self, passes: float) -> None:
-        """Use some.
-
-        Raises:
-            Exhausted: where there are not as many left.
-
-        """
-        if self.used + passes > self.passes:
-            raise Exhausted
-        self.used += passes
+SLACKS = (0.02, 0.05, 0.1)
+"""Nats a token that plans may miss: the search finds the most that can be saved for each."""
+SLACK = 0.02
+"""Nats that a frozen or skipped top may miss beyond the windows below it."""
+LINEAR = LayerPlan("skip", consolidation="linear")
 
 
 @dataclass(frozen=True)
-class Tried:
+class Trial:
     """A plan, and what it misses on the search's items."""
 
     changes: Changes
@@ -56,98 +28,105 @@ class Tried:
 
 
 class Search:
-    """Plans of a model, tried on a search's items with tensors that were fitted layer by layer alone."""
+    """Plans of a model, tried on the search's items."""
 
     def __init__(
         self,
-        asked: Sequence[Asked],
-        fitted: Mapping[str, torch.Tensor],
-        window: int,
+        trials: Trials,
+        scan: Scan,
+        windows: Sequence[int],
+        sinks: Sequence[int],
         kinds: Iterable[Kind],
-        layers: Sequence[int],
-        budget: Budget,
-        done: Callable[[str], None],
+        saved: Callable[[Changes], float],
     ) -> None:
-        """`layers` are those that may be changed; `done` is told what was tried."""
-        self.asked, self.fitted, self.budget, self.done = asked, fitted, budget, done
-        self.window, self.kinds, self.layers = LayerPlan("window", window), tuple(kinds), layers
-        self.num_layers = len(asked[0].model.layers)
-        self.tried: dict[frozenset[tuple[int, LayerPlan]], float] = {}
-        self.unchanged = [each.plan({}, {}) for each in asked]
-        budget.take(1)
+        """`saved` tells which part of the KV cache a plan saves."""
+        self.trials, self.scan, self.windows, self.sinks = trials, scan, windows, sinks
+        self.kinds, self.saved = tuple(kinds), saved
+        self.num_layers = trials.num_layers
 
-    def missed(self, changes: Changes) -> float:
-        """Nats a token: of all tasks in the mean, or half of what the worst misses, whichever is more.
+    def most(self, slack: float, window: LayerPlan, order: Sequence[int], below: Changes) -> Trial:
+        """That window on as many layers of `order`, the first ones, as miss no more than `slack` with what is `below`.
 
-        Raises:
-            Exhausted: where the budget does not reach.
-
+        By halves, as if each layer more were missed more: some six trials.
         """
-        key = frozenset(changes.items())
-        if key not in self.tried:
-            self.budget.take((self.num_layers - min(changes, default=self.num_layers)) / self.num_layers)
-            more = [
-                max(_mean(each.plan(changes, self.fitted)) - _mean(before), 0.0)
-                for each, before in zip(self.asked, self.unchanged, strict=True)
-            ]
-            self.tried[key] = max(sum(more) / len(more), max(more) / 2)
-            self.done(f"{len(changes)} layers changed")
-        return self.tried[key]
+        best = Trial(below, self.trials.missed(below))
+        low, high = 0, len(order)
+        count = high  # all of them, first
+        while low < high:
+            changes = {**below, **dict.fromkeys(order[:count], window)}
+            missed = self.trials.missed(changes, slack)
+            if missed <= slack:
+                best, low = Trial(changes, missed), count
+            else:
+                high = count - 1
+            count = (low + high + 1) // 2
+        return best
 
-    def alone(self, plan: LayerPlan) -> dict[int, float]:
-        """What each layer misses with that plan, all others as they are."""
-        return {layer: self.missed({layer: plan}) for layer in self.layers}
+    def windows_of(self, slack: float) -> list[Trial]:
+        """For each size of window, the most layers; and what fetches in the largest, where that saves more."""
+        found = []
+        for size in self.windows:
+            one = self.most(slack, LayerPlan("window", size), self.scan.order, {})
+            if not one.changes:
+                continue
+            found.append(one)
+            rest = [layer for layer in self.scan.order if layer not in one.changes]
+            for larger in (each for each in self.windows if each > size):
+                both = self.most(slack, LayerPlan("window", larger), rest, one.changes)
+                if self.saved(both.changes) > self.saved(one.changes):
+                    found.append(both)
+        return found
 
-    def windows(self, enough: Callable[[Changes], bool] = lambda changes: False) -> list[Tried]:
-        """Windows on one layer more each time, the one that is missed least; as far as the budget and sense reach."""
-        path: list[Tried] = []
-        with suppress(Exhausted):
-            alone = self.alone(self.window)
-            changes: dict[int, LayerPlan] = {}
-            while rest := sorted(alone.keys() - changes.keys(), key=lambda layer: alone[layer])[:CANDIDATES]:
-                missed, layer = min((self.missed(changes | {each: self.window}), each) for each in rest)
-                if missed > ENOUGH:
-                    break
-                changes[layer] = self.window
-                path.append(Tried(dict(changes), missed))
-                if enough(changes):
-                    break
-        return path
+    def front(self) -> list[Trial]:
+        """The plans of which none misses less and saves more; those that save most are tried with other sinks too."""
+        found: list[Trial] = []
+        for slack in SLACKS:
+            plans = self.windows_of(slack)
+            if plans:
+                best = max(plans, key=lambda each: self.saved(each.changes))
+                plans += [self._sunk(best, sink) for sink in self.sinks if sink != LayerPlan("window", 1).sink]
+            found += plans
+        found = [
+            each
+            for each in found
+            if not any(
+                self.saved(other.changes) >= self.saved(each.changes) and other.missed < each.missed for other in found
+            )
+        ]
+        return list({tuple(sorted(each.changes.items())): each for each in found}.values())
 
-    def on_top(self, enough: Callable[[Changes], bool]) -> Tried:
-        """Windows on the top layers, which the paper would leave out first; on all, where less is not enough."""
-        for count in range(1, len(self.layers) + 1):
-            changes = dict.fromkeys(self.layers[-count:], self.window)
-            if enough(changes):
-                break
-        return Tried(changes, self.missed(changes))
+    def tops(self, below: Trial) -> list[Trial]:
+        """The same with the top layers frozen, or skipped with linear maps: as many as miss little more.
 
-    def tops(self, changes: Changes, most: float) -> list[Tried]:
-        """The same with the top layers frozen, or skipped with linear maps: as many as miss no more than `most`."""
+        Only above the last layer that fetches: one that is frozen, or left out, fetches nothing.
+        """
+        lowest = max(self.scan.fetching, default=0) + 1
         found = []
         for make in (self._frozen, self._skipped):
             best = None
-            with suppress(Exhausted, ValueError):  # no such plan
-                for first in range(self.num_layers - 1, 0, -1):
-                    other = make(changes, first)
-                    AttentionPlan.of(self.num_layers, other)
-                    if (missed := self.missed(other)) > most:
-                        break
-                    best = Tried(other, missed)
+            for first in range(self.num_layers - 1, lowest - 1, -1):
+                try:
+                    changes = make(below.changes, first)
+                    AttentionPlan.of(self.num_layers, changes)
+                except ValueError:  # no such plan
+                    break
+                if (missed := self.trials.missed(changes, below.missed + SLACK)) > below.missed + SLACK:
+                    break
+                best = Trial(changes, missed)
             found += [] if best is None else [best]
         return found
+
+    def _sunk(self, trial: Trial, sink: int) -> Trial:
+        changes = {layer: replace(plan, sink=sink) for layer, plan in trial.changes.items()}
+        return Trial(changes, self.trials.missed(changes))
 
     def _frozen(self, changes: Changes, first: int) -> Changes:
         if "freeze" not in self.kinds:
             raise ValueError("the family has no frozen layers")
-        above = range(first, self.num_layers)
-        return {**changes, **{each: LayerPlan("freeze", changes.get(each, FULL).window) for each in above}}
+        tops = {layer: changes.get(layer, FULL) for layer in range(first, self.num_layers)}
+        return {**changes, **{layer: LayerPlan("freeze", each.window, each.sink) for layer, each in tops.items()}}
 
     def _skipped(self, changes: Changes, first: int) -> Changes:
-        if first not in self.layers:
+        if first not in self.scan.layers:
             raise ValueError(f"layer {first} is not to be changed")
         return {**changes, **dict.fromkeys(range(first, self.num_layers), LINEAR)}
-
-
-def _mean(scores: Scores) -> float:
-    return sum(scores.nll) / len(scores.nll)

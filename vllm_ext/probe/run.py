@@ -4,7 +4,6 @@ Layers are taken from the lowest up, so that what the unchanged model makes of t
 state at one layer is held. A run that was interrupted goes on where it stopped.
 """
 
-import json
 import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +14,7 @@ import torch
 
 from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.errors import UsageError
-from vllm_ext.offline.evaluator import Asked
+from vllm_ext.offline.evaluator import Evaluator
 from vllm_ext.offline.model import OfflineModel, read_tokenizer
 from vllm_ext.probe.attention import looks
 from vllm_ext.probe.injection import Pairs
@@ -23,8 +22,10 @@ from vllm_ext.probe.manipulations import NAMES as MANIPULATIONS
 from vllm_ext.probe.manipulations import Manipulation, manipulation
 from vllm_ext.probe.manipulations import Name as ManipulationName
 from vllm_ext.progress import progress
+from vllm_ext.reports.journal import Journal
+from vllm_ext.tasks.files import read_task
 from vllm_ext.tasks.items import Task
-from vllm_ext.tasks.tasks import NAMES, SUMMARY_TOKENS, Name, bundled, given
+from vllm_ext.tasks.tasks import NAMES, SUMMARY_TOKENS, Name, bundled
 from vllm_ext.versions import offline_versions
 
 RESULTS = "results.jsonl"
@@ -78,44 +79,17 @@ class Key:
     task: str
 
 
-class Results:
-    """The results in a folder, one line each, after a line of settings."""
+class Results(Journal):
+    """The results in a folder."""
 
     def __init__(self, out: Path, header: dict[str, Any]) -> None:
-        """Begin a folder, or go on in it.
+        """Begin a folder, or go on in it; raises as a journal does."""
+        super().__init__(out / RESULTS, header, ("name", "layer", "task"))
 
-        Raises:
-            UsageError: where the folder holds other results.
-
-        """
-        self.file = out / RESULTS
-        self.header = header
-        self.found: dict[Key, dict[str, Any]] = {}
-        if not self.file.exists():
-            if out.exists() and any(out.iterdir()):
-                raise UsageError(f"--out {out}: it holds something else; choose another folder")
-            out.mkdir(parents=True, exist_ok=True)
-            self._append(header)
-            return
-        # A line that was being written when the run was interrupted has no end.
-        lines = [line for line in self.file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        if not lines or json.loads(lines[0]) != header:
-            raise UsageError(
-                f"--out {out}: it holds results of other settings; choose another folder, or the same settings"
-            )
-        self.file.write_text("".join(lines))
-        for line in lines[1:]:
-            row = json.loads(line)
-            self.found[Key(row.pop("name"), row.pop("layer"), row.pop("task"))] = row
-
-    def add(self, key: Key, row: dict[str, Any]) -> None:
-        """Write it down at once."""
-        self.found[key] = row
-        self._append(asdict(key) | row)
-
-    def _append(self, row: dict[str, Any]) -> None:
-        with self.file.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+    @property
+    def found(self) -> dict[Key, dict[str, Any]]:
+        """What was found, by what it is of."""
+        return {Key(row["name"], row["layer"], row["task"]): row for row in self.rows.values()}
 
 
 def probe(source: Checkpoint, out: Path, settings: Settings) -> Results:
@@ -128,7 +102,7 @@ def probe(source: Checkpoint, out: Path, settings: Settings) -> Results:
     source.check_weights()
     tokenizer = read_tokenizer(source)
     tasks = [bundled(name, tokenizer, settings.count(name), settings.seed) for name in settings.tasks]
-    tasks += [given(Path(file), tokenizer, settings.items, settings.seed) for file in settings.data]
+    tasks += [read_task(Path(file), tokenizer, settings.items, settings.seed) for file in settings.data]
     if len({task.name for task in tasks}) < len(tasks):
         raise UsageError("two tasks have one name; rename a file of --data")
     header = {
@@ -139,8 +113,9 @@ def probe(source: Checkpoint, out: Path, settings: Settings) -> Results:
         "versions": offline_versions(),
         "machine": f"{platform.machine()}, {'CUDA' if torch.cuda.is_available() else 'CPU'}",
     }
-    results = Results(out, json.loads(json.dumps(header)))
-    keys = [key for key in _keys(tasks, source.num_layers, settings) if key not in results.found]
+    results = Results(out, header)
+    done = results.found
+    keys = [key for key in _keys(tasks, source.num_layers, settings) if key not in done]
     if keys:
         _run(OfflineModel(source), tokenizer, tasks, keys, results, settings)
     return results
@@ -169,7 +144,7 @@ def _run(
     settings: Settings,
 ) -> None:
     num_layers = len(model.layers)
-    asked = {task.name: Asked(model, task, tokenizer) for task in tasks}
+    asked = {task.name: Evaluator(model, task, tokenizer) for task in tasks}
     pairs = (
         Pairs(model, tokenizer, settings.items, settings.seed) if any(key.name == "injection" for key in keys) else None
     )
@@ -182,7 +157,7 @@ def _run(
             if key.layer >= 0:
                 for each in asked.values():
                     each.forget(key.layer)
-            results.add(key, _result(model, key, asked[key.task], pairs, settings.seed))
+            results.add(asdict(key) | _result(model, key, asked[key.task], pairs, settings.seed))
             bars.advance(bar, _work(key, sizes[key.task], num_layers))
 
 
@@ -191,7 +166,7 @@ def _work(key: Key, tokens: int, num_layers: int) -> int:
     return tokens * (num_layers - (0 if key.task == "summaries" else max(key.layer, 0)))
 
 
-def _result(model: OfflineModel, key: Key, asked: Asked, pairs: Pairs | None, seed: int) -> dict[str, Any]:
+def _result(model: OfflineModel, key: Key, asked: Evaluator, pairs: Pairs | None, seed: int) -> dict[str, Any]:
     if key.name == "looks":
         entered = [each for _, each in asked.batches if each is not None]
         return asdict(looks(model, key.layer, entered[:LOOKS_PASSAGES]))

@@ -1,7 +1,7 @@
 """What a model is asked: items of a prompt and its answer, and tasks of items that are scored alike."""
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
 
 Score = Literal["answers", "tokens", "summaries"]
 """Answered right or not; the part of the tokens that is the first choice; ROUGE-L of what is written."""
@@ -32,6 +32,10 @@ class Task:
     """Where the items come from."""
     length: int | None = None
     """Tokens of an item, of a task whose answers are retrieved from far back; None of any other."""
+
+    def of(self, items: tuple[Item, ...]) -> Self:
+        """The same with other items."""
+        return replace(self, items=items)
 
     @property
     def about(self) -> dict[str, Any]:

@@ -8,11 +8,9 @@ Every item is a prompt with worked examples and what is to follow. An answer is 
 of the line after it, is the model's first choice: that is what greedy decoding would write, found in one pass.
 """
 
-import json
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from vllm_ext.errors import UsageError
@@ -47,38 +45,6 @@ def bundled(name: Name, tokenizer: Any, count: int, seed: int = 0, split: Split 
         "summaries": _summaries,
     }[name]
     return make(tokenizer, count, random.Random(seed), split)
-
-
-def given(path: Path, tokenizer: Any, count: int, seed: int = 0) -> Task:
-    """A task out of a file of JSON lines, or SQuAD's own JSON; `count` items drawn with `seed`.
-
-    A line is `{"prompt", "answer"}`, SQuAD's `{"context", "question", "answers"}`, CNN/DailyMail's `{"article",
-    "highlights"}`, or `{"text"}`.
-
-    Raises:
-        UsageError: for a file that cannot be read so.
-
-    """
-    try:
-        content = path.expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--data {path}: cannot be read ({error}); give another file") from error
-    rows = _squad(content) or [_row(path, number, line) for number, line in enumerate(content.split("\n"), 1) if line]
-    if not rows:
-        raise UsageError(f"--data {path}: it is empty; give a file with items")
-    chosen = random.Random(seed)
-    rows = chosen.sample(rows, len(rows))
-    kinds = {tuple(sorted(row)) for row in rows}
-    if len(kinds) > 1:
-        raise UsageError(f"--data {path}: its lines are of several forms; give one form a file")
-    source = path.name
-    if "article" in rows[0]:
-        return _summing_up(path.stem, tokenizer, [(row["article"], row["highlights"]) for row in rows], count, source)
-    if "text" in rows[0]:
-        return _passages(path.stem, tokenizer, [row["text"] for row in rows], count, chosen, source)
-    return Task(
-        path.stem, "answers", tuple(item(tokenizer, row["prompt"], row["answer"]) for row in rows[:count]), (), source
-    )
 
 
 def _capitals(tokenizer: Any, count: int, chosen: random.Random, split: Split) -> Task:
@@ -118,7 +84,7 @@ def _reading(tokenizer: Any, count: int, chosen: random.Random, split: Split) ->
 
 def _prose(tokenizer: Any, count: int, chosen: random.Random, split: Split) -> Task:
     articles = texts.prose("held_out" if split == "judge" else "calibration")
-    return _passages("prose", tokenizer, articles, count, chosen, texts.prose_source())
+    return passages("prose", tokenizer, articles, count, chosen, texts.prose_source())
 
 
 def _summaries(tokenizer: Any, count: int, chosen: random.Random, split: Split) -> Task:
@@ -130,7 +96,7 @@ def _summaries(tokenizer: Any, count: int, chosen: random.Random, split: Split) 
         zip(*ACLSum("test" if split == "judge" else "train").to_parallel_corpus("approach", False), strict=True)
     )
     source = f"aclsum {version('aclsum')}: approach"
-    return _summing_up("summaries", tokenizer, chosen.sample(known, len(known)), count, source)
+    return summing_up("summaries", tokenizer, chosen.sample(known, len(known)), count, source)
 
 
 def _half(known: Sequence[Any], split: Split) -> list[Any]:
@@ -158,7 +124,7 @@ def _with_examples(
     return Task(name, "answers", tuple(items), (), source)
 
 
-def _passages(
+def passages(
     name: str, tokenizer: Any, documents: Sequence[str], count: int, chosen: random.Random, source: str
 ) -> Task:
     """Passages of one length from anywhere in the documents, which do not overlap."""
@@ -175,7 +141,7 @@ def _passages(
     return Task(name, "tokens", tuple(Item(tuple(each[:cut]), tuple(each[cut:])) for each in passages), (), source)
 
 
-def _summing_up(name: str, tokenizer: Any, known: Sequence[tuple[str, str]], count: int, source: str) -> Task:
+def summing_up(name: str, tokenizer: Any, known: Sequence[tuple[str, str]], count: int, source: str) -> Task:
     """Prompts of one length: the beginnings of documents that are long enough."""
     start = tokenizer("").input_ids
     asking = tokenizer("\n\nIn one sentence, this text says that", add_special_tokens=False).input_ids
@@ -189,39 +155,3 @@ def _summing_up(name: str, tokenizer: Any, known: Sequence[tuple[str, str]], cou
     if not items:
         raise UsageError(f"{source}: no document is as long as {DOCUMENT_TOKENS} tokens; give longer ones")
     return Task(name, "summaries", tuple(items), tuple(references), source)
-
-
-def _squad(content: str) -> list[dict[str, str]]:
-    """The rows of a file in SQuAD's own form; none if it has another."""
-    try:
-        articles = json.loads(content)["data"]
-        return [
-            _question(paragraph["context"], asked["question"], asked["answers"][0]["text"])
-            for article in articles
-            for paragraph in article["paragraphs"]
-            for asked in paragraph["qas"]
-            if asked["answers"]
-        ]
-    except (ValueError, KeyError, TypeError):
-        return []
-
-
-def _row(path: Path, number: int, line: str) -> dict[str, str]:
-    forms: Mapping[tuple[str, ...], Callable[[Mapping[str, Any]], dict[str, str]]] = {
-        ("prompt", "answer"): lambda row: {"prompt": row["prompt"], "answer": row["answer"]},
-        ("context", "question", "answers"): lambda row: _question(
-            row["context"], row["question"], row["answers"]["text"][0]
-        ),
-        ("article", "highlights"): lambda row: {"article": row["article"], "highlights": row["highlights"]},
-        ("text",): lambda row: {"text": row["text"]},
-    }
-    try:
-        row = json.loads(line)
-        return next({k: str(v) for k, v in read(row).items()} for keys, read in forms.items() if row.keys() >= {*keys})
-    except (ValueError, AttributeError, StopIteration, LookupError, TypeError) as error:
-        known = "; ".join(", ".join(keys) for keys in forms)
-        raise UsageError(f"--data {path}: line {number} has none of the forms {known}; mend it") from error
-
-
-def _question(context: str, question: str, answer: str) -> dict[str, str]:
-    return {"prompt": f"{context}\nQ: {question}\nA:", "answer": f" {answer}\n"}

@@ -1,0 +1,111 @@
+"""How a plan is searched for: which tasks, at which lengths, with how many items."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_ext.errors import UsageError
+from vllm_ext.tasks import retrieval, tasks
+from vllm_ext.tasks.files import read_task
+from vllm_ext.tasks.items import Split, Task
+
+NEAR: dict[str, dict[Split, int]] = {
+    "capitals": {"search": 32, "judge": 100},
+    "sums": {"search": 24, "judge": 100},
+    "reading": {"search": 16, "judge": 60},
+    "prose": {"search": 6, "judge": 16},
+}
+"""Items of tasks that look little farther back than a window."""
+SCANNED: tuple[retrieval.Name, ...] = ("needle", "needles")
+"""What layers are scanned with, and searched with at every length; the other tasks that retrieve are judged on."""
+RETRIEVED: dict[Split, int] = {"search": 5, "judge": 40}
+"""Items of each of those, at each length."""
+OTHERS = 16
+"""Items of each other task that retrieves, at the shortest length."""
+OWN = 150
+"""Items of a task of the user's own: a third to search with, the rest to judge on."""
+WINDOWS = (128, 256, 512, 1_024)
+SINKS = (4, 16)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a plan is searched for.
+
+    Raises:
+        UsageError: for tasks that are not there, or sizes with which nothing could be found.
+
+    """
+
+    tasks: tuple[str, ...] = (*NEAR, *retrieval.NAMES)
+    data: tuple[str, ...] = ()
+    """Files with tasks of the user's own."""
+    lengths: tuple[int, ...] = retrieval.LENGTHS
+    """Tokens of the items of tasks that retrieve: what a plan is judged up to."""
+    windows: tuple[int, ...] = WINDOWS
+    """Sizes to try, smallest first."""
+    context: int = 4_096
+    """Tokens of the requests for which savings are counted."""
+    items: float = 1.0
+    """How many items, as a part of the usual number."""
+    seed: int = 0
+    quick: bool = False
+    """The scan alone, at the longest length but one: a plan of one window size, and no other tasks."""
+
+    def __post_init__(self) -> None:
+        for task in self.tasks:
+            if task not in (*NEAR, *retrieval.NAMES):
+                known = ", ".join((*NEAR, *retrieval.NAMES))
+                raise UsageError(f"--task {task}: there is none of that name; take {known}")
+        if not self.tasks and not self.data:
+            raise UsageError("no task; give --task or --data")
+        if not self.windows or not self.lengths:
+            raise UsageError("no window or no length; give --window and --length, or leave them out")
+        for option, number in (
+            ("--context", self.context),
+            ("--items", self.items),
+            *(("--window", size) for size in self.windows),
+        ):
+            if number <= 0:
+                raise UsageError(f"{option} {number:g}: choose more than 0")
+        for length in self.lengths:
+            if length < 128:
+                raise UsageError(f"--length {length}: too short to hide anything in; take 128 tokens or more")
+
+    def made(self, tokenizer: Any, split: Split) -> list[Task]:
+        """The tasks to search with, or to judge on; no item is in both.
+
+        Raises:
+            UsageError: for a file that cannot be used.
+
+        """
+        made: list[Task] = []
+        for name in self.tasks:
+            if name in NEAR:
+                if not self.quick:
+                    made.append(tasks.bundled(name, tokenizer, self._count(NEAR[name][split]), self.seed, split))  # type: ignore[arg-type]
+            elif name in SCANNED or split == "judge" or not {*self.tasks} & {*SCANNED}:
+                made += self._retrieving(name, tokenizer, split)
+        return made + [self._own(Path(file), tokenizer, split) for file in self.data]
+
+    def _retrieving(self, name: Any, tokenizer: Any, split: Split) -> list[Task]:
+        lengths, count = sorted(self.lengths), RETRIEVED[split]
+        if name not in SCANNED:
+            lengths, count = lengths[:1], min(OTHERS, count)
+        elif self.quick:
+            lengths, count = lengths[:2][-1:], 3
+        return [
+            retrieval.retrieval(name, tokenizer, length, self._count(count), self.seed, split) for length in lengths
+        ]
+
+    def _count(self, items: int) -> int:
+        return max(round(items * self.items), 2)
+
+    def _own(self, file: Path, tokenizer: Any, split: Split) -> Task:
+        task = read_task(file, tokenizer, OWN, self.seed)
+        if task.score == "summaries":
+            raise UsageError(f"--data {file}: a search needs answers, and summaries have none; give prompts with them")
+        if len(task.items) < 3:
+            raise UsageError(f"--data {file}: it has {len(task.items)} items; give 3 or more, the more the better")
+        third = len(task.items) // 3
+        return task.of(task.items[:third] if split == "search" else task.items[third:])

@@ -1,0 +1,54 @@
+"""Results in a file, each written as soon as it is found, so that a run that was stopped goes on where it was."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vllm_ext.errors import UsageError
+
+
+class Journal:
+    """Rows of JSON, a line each, by what some of their columns say; the first line says what they are of."""
+
+    def __init__(self, file: Path, header: dict[str, Any], keys: tuple[str, ...]) -> None:
+        """Begin a file in a folder, or go on in it; `keys` are the columns that name a row.
+
+        Raises:
+            UsageError: where the folder holds other results, or anything else.
+
+        """
+        self.file, self.keys = file, keys
+        self.header: dict[str, Any] = json.loads(json.dumps(header))
+        self.rows: dict[str, dict[str, Any]] = {}
+        out = file.parent
+        if not file.exists():
+            if out.exists() and (not out.is_dir() or any(out.iterdir())):
+                raise UsageError(f"--out {out}: it holds something else; choose another folder")
+            out.mkdir(parents=True, exist_ok=True)
+            self._append(self.header)
+            return
+        # A line that was being written when the run was stopped has no end.
+        lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        if not lines or json.loads(lines[0]) != self.header:
+            raise UsageError(
+                f"--out {out}: it holds results of other settings; choose another folder, or the same settings"
+            )
+        file.write_text("".join(lines))
+        for row in map(json.loads, lines[1:]):
+            self.rows[self._name({key: row[key] for key in keys})] = row
+
+    def get(self, **key: Any) -> dict[str, Any] | None:
+        """The row that the key names, where there is one."""
+        return self.rows.get(self._name(key))
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Write it down at once."""
+        self.rows[self._name({key: row[key] for key in self.keys})] = row
+        self._append(row)
+
+    def _name(self, key: dict[str, Any]) -> str:
+        return json.dumps([key[name] for name in self.keys])
+
+    def _append(self, row: dict[str, Any]) -> None:
+        with self.file.open("a") as file:
+            file.write(json.dumps(row) + "\n")
