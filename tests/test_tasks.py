@@ -7,8 +7,9 @@ from transformers import AutoTokenizer
 
 from vllm_ext.errors import UsageError
 from vllm_ext.tasks import retrieval
+from vllm_ext.tasks.files import read_task
 from vllm_ext.tasks.items import item
-from vllm_ext.tasks.tasks import DOCUMENT_TOKENS, NAMES, PROSE_TOKENS, bundled, given
+from vllm_ext.tasks.tasks import DOCUMENT_TOKENS, NAMES, PROSE_TOKENS, bundled
 
 
 @pytest.fixture(scope="module")
@@ -85,16 +86,40 @@ SQUAD_FILE = {
 )
 def test_takes_the_papers_files_and_anyones(tokenizer, tmp_path, content):
     (tmp_path / "mine.jsonl").write_text(content + "\n")
-    task = given(tmp_path / "mine.jsonl", tokenizer, 5)
+    task = read_task(tmp_path / "mine.jsonl", tokenizer, 5)
     assert (task.name, task.score, len(task.items)) == ("mine", "answers", 1)
     assert tokenizer.decode(task.items[0].prompt) == "Rome is old.\nQ: What is old?\nA:"
     assert tokenizer.decode(task.items[0].answer) == " Rome\n"
 
 
+RULER = {"index": 0, "input": "The number for a is: 7. What is the number for a?", "outputs": ["7"], "length": 40}
+LONG_BENCH = {"input": "What is old?", "context": "Rome is old.", "answers": ["Rome"], "length": 3, "all_classes": None}
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "answer", "depth"),
+    [
+        (RULER, RULER["input"], " 7", RULER["input"].index("7")),
+        (RULER | {"answer_prefix": " It is"}, RULER["input"] + " It is", " 7", RULER["input"].index("7")),
+        (LONG_BENCH, "Rome is old.\nQ: What is old?\nA:", " Rome\n", 0),
+        ({"prompt": "a b c", "answer": " d", "length": 9}, "a b c", " d", None),
+    ],
+    ids=["RULER", "RULER with a prefix", "LongBench", "own"],
+)
+def test_files_with_lengths_are_of_tasks_that_retrieve(tokenizer, tmp_path, row, prompt, answer, depth):
+    (tmp_path / "far.jsonl").write_text(json.dumps(row) + "\n")
+    task = read_task(tmp_path / "far.jsonl", tokenizer, 5)
+    (found,) = task.items
+    assert tokenizer.decode(found.prompt) == prompt
+    assert tokenizer.decode(found.answer) == answer
+    assert task.length == len(found.prompt + found.answer)
+    assert found.depth == (None if depth is None else pytest.approx(depth / len(prompt)))
+
+
 def test_takes_documents_with_their_summaries(tokenizer, tmp_path):
     rows = [{"article": f"{n} and " * DOCUMENT_TOKENS, "highlights": f"number {n}"} for n in range(3)]
     (tmp_path / "news.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    task = given(tmp_path / "news.jsonl", tokenizer, 2)
+    task = read_task(tmp_path / "news.jsonl", tokenizer, 2)
     assert task.score == "summaries"
     assert len(task.items) == len(set(task.references)) == 2
 
@@ -103,7 +128,7 @@ def test_takes_documents_with_their_summaries(tokenizer, tmp_path):
     ("content", "message"),
     [
         ("", "it is empty"),
-        ("{}", "line 1 has none of the forms prompt, answer; context, question, answers; "),
+        ("{}", "line 1 has none of the forms prompt, answer; input, outputs; "),
         ('{"prompt": "a", "answer": "b"}\nnothing', "line 2 has none"),
         ('{"prompt": "a", "answer": "b"}\n{"text": "c"}', "lines are of several forms"),
         ('{"text": "short"}', f"no text is as long as {PROSE_TOKENS} tokens"),
@@ -113,9 +138,9 @@ def test_takes_documents_with_their_summaries(tokenizer, tmp_path):
 def test_refuses_other_files(tokenizer, tmp_path, content, message):
     (tmp_path / "mine.jsonl").write_text(content)
     with pytest.raises(UsageError, match=message):
-        given(tmp_path / "mine.jsonl", tokenizer, 5)
+        read_task(tmp_path / "mine.jsonl", tokenizer, 5)
     with pytest.raises(UsageError, match="cannot be read"):
-        given(tmp_path / "nowhere.jsonl", tokenizer, 5)
+        read_task(tmp_path / "nowhere.jsonl", tokenizer, 5)
 
 
 @pytest.mark.parametrize("name", retrieval.NAMES)
