@@ -3,6 +3,7 @@
 vLLM loads such a plugin only where `VLLM_PLUGINS` names it, which `vllm-ext serve` sees to.
 """
 
+import logging
 from argparse import Namespace
 from http import HTTPStatus
 from typing import Any
@@ -19,6 +20,7 @@ from serving.errors import error_response
 from serving.plan import PlanReport
 from serving.settings import ARGUMENT
 
+logger = logging.getLogger("vllm.vllm_ext")
 router = APIRouter(tags=["vllm-ext"])
 
 
@@ -100,3 +102,5 @@ class EndpointPlugin:
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
         """Work the report out once; without an engine there is no plan."""
         state.plan_report = None if engine_client is None else PlanReport.of(engine_client.vllm_config)
+        if state.plan_report is not None and state.plan_report.name != "stock":
+            logger.info(state.plan_report.judged_line)

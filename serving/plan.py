@@ -67,6 +67,10 @@ class PlanReport(BaseModel):
     kv_cache: KvCacheReport
     weights: WeightsReport | None = Field(description="Null for quantized checkpoints.")
     head: HeadReport
+    judged: dict[str, Any] | None = Field(
+        description="What a search saw the plan keep of stock's scores, by task, in texts of which `lengths`; "
+        "null where none judged it."
+    )
     provenance: dict[str, Any] = Field(description="What the fitted and trained tensors were made from, and by what.")
 
     @classmethod
@@ -87,8 +91,17 @@ class PlanReport(BaseModel):
             kv_cache=_kv_cache(vllm_config, plan),
             weights=_weights(vllm_config, plan),
             head=_head(vllm_config),
+            judged=section.get("judged"),
             provenance={name: section[name] for name in ("made_by", "fit", "training") if name in section},
         )
+
+    @property
+    def judged_line(self) -> str:
+        """What an operator should know: up to which length the plan was judged."""
+        lengths = (self.judged or {}).get("lengths")
+        if not lengths:
+            return f"Plan {self.name}: it was not judged on tasks that retrieve; vllm-ext search does"
+        return f"Plan {self.name}: it was judged on texts of up to {max(lengths):,} tokens; beyond, nobody looked"
 
 
 def plan_of(vllm_config: VllmConfig) -> AttentionPlan | None:

@@ -10,6 +10,7 @@ import httpx
 import pytest
 from openai import BadRequestError, OpenAI
 
+from serving.plan import PlanReport
 from tests.servers import eventually, rows, served
 from vllm_ext.offline.model import fast_dtype
 from vllm_ext.process import free_port
@@ -55,6 +56,13 @@ def test_the_plan(server):
     assert plan["weights"]["dropped_bytes"] == 3 * ITEM_BYTES * (2 * 576 * 576 + 2 * 576 * 192)
     assert plan["head"]["kind"] == "stock"
     assert plan["provenance"] == {}
+    assert plan["judged"] is None
+    assert "Plan skip 27-29: it was not judged on tasks that retrieve" in server.log.read_text()
+
+
+def test_says_up_to_which_length_a_plan_was_judged():
+    report = PlanReport.model_construct(name="window 0-7:128", judged={"lengths": [512, 2048]})
+    assert "judged on texts of up to 2,048 tokens" in report.judged_line
 
 
 def test_models_name_the_plan(server, client):
