@@ -10,8 +10,11 @@ import kubernetes_validate
 import pytest
 import typer
 import yaml
+from vllm.entrypoints.cli.serve import ServeSubcommand
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.metrics.buckets import TIME_TO_FIRST_TOKEN_BUCKETS
 
+from tests.command import vllm_ext
 from vllm_ext.cli.main import app
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
@@ -189,6 +192,7 @@ def test_the_router_selects_the_servers_and_may_reach_them():
         ({"image": {"repository": "vllm-ext", "tag": "latest"}}, "tag"),
         ({"server": {"drainSecond": 5}}, "drainSecond"),
         ({"server": {"metricsPort": 8000}}, "metricsPort"),
+        ({"server": {"limits": {"maxConcurrentRequests": None}}}, "maxQueuedRequests|max-queued-requests"),
         ({"server": {"args": ["--api-key=secret"]}}, "args"),
         ({"server": {"env": {"VLLM_API_KEY": "secret"}}}, "env"),
         ({"autoscaling": {"kind": "vpa"}}, "kind"),
@@ -247,23 +251,40 @@ def kserve() -> list[dict]:
     return list(yaml.safe_load_all((DEPLOY / "kubernetes" / "kserve.yaml").read_text()))
 
 
-def test_every_option_exists():
-    """Each option in the chart and the examples is one of vllm-ext serve's, or of vLLM's."""
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
+def commands() -> dict[str, tuple[list[str], dict[str, str]]]:
+    """The arguments and our variables of every server in the chart's examples and the other files."""
     group = leader_worker_set()[0]["spec"]["leaderWorkerTemplate"]
-    pods = [group["leaderTemplate"]["spec"], group["workerTemplate"]["spec"], kserve()[0]["spec"]]
-    pods += [
-        rendered(values(name))["Deployment/demo-vllm-ext"]["spec"]["template"]["spec"] for name in ("defaults", *VALUES)
-    ]
-    arguments = [argument for pod in pods for argument in pod["containers"][0]["args"]]
-    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
-    arguments += [argument for name in ("baseline", "variant") for argument in services[name]["command"]]
-    variables = [name for name in services["variant"]["environment"] if name.startswith("VLLM_EXT_")]
-    used = {argument.split("=")[0] for argument in arguments if re.match(r"--\w", argument)}
-    used |= {"--" + name.removeprefix("VLLM_EXT_").lower().replace("_", "-") for name in variables}
-    assert len(used) > 10
-    ours = {option for each in typer.main.get_command(app).commands["serve"].params for option in each.opts}
-    theirs = set(make_arg_parser(FlexibleArgumentParser())._option_string_actions) | {"--headless"}
-    assert not used - ours - theirs
+    pods = {f"leaderworkerset {part}": group[f"{part}Template"]["spec"] for part in ("leader", "worker")}
+    pods["kserve"] = kserve()[0]["spec"]
+    for name in ("defaults", *VALUES):
+        pods[f"chart {name}"] = rendered(values(name))["Deployment/demo-vllm-ext"]["spec"]["template"]["spec"]
+    found = {name: (pod["containers"][0]["args"], {}) for name, pod in pods.items()}
+    for name, service in yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"].items():
+        if "vllm-ext" in service.get("image", ""):
+            ours = {key: value for key, value in service["environment"].items() if key.startswith("VLLM_EXT_")}
+            found[f"compose {name}"] = (service["command"], ours)
+    return found
+
+
+@pytest.mark.parametrize("name", commands())
+def test_the_server_takes_every_option(name, tmp_path, monkeypatch):
+    """Each is one of `vllm-ext serve`'s or of vLLM's, with a value that it can have; the model alone is not there."""
+    (model, *options), variables = commands()[name]
+    assert model.startswith("/m")
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    (tmp_path / "keys").write_text("one-key")
+    options = [re.sub(r"\$\(\w+\)", "1", each).replace("/etc/vllm-ext", str(tmp_path)) for each in options]
+    serve = typer.main.get_command(app).commands["serve"]
+    taken = {option.envvar for option in serve.params if option.envvar}
+    assert set(variables) <= taken
+    handed_on = serve.make_context("serve", [model, *options]).args
+    parser = FlexibleArgumentParser()
+    ServeSubcommand().subparser_init(parser.add_subparsers()).parse_args([model, *handed_on])
+    done = vllm_ext("serve", str(tmp_path / "nothing"), *options)
+    assert done.returncode == 2
+    assert re.fullmatch(rf"error: model {tmp_path / 'nothing'}: no such folder;.*\n", done.stderr)
+
+
+def test_compose_gives_its_servers_settings():
+    assert len(commands()["compose variant"][1]) > 3
