@@ -5,8 +5,11 @@ No engine of Model Runner V2 runs here, since it needs a GPU: its interfaces are
 
 import inspect
 from importlib import import_module
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
@@ -22,8 +25,9 @@ from model_executors import names
 from model_executors.attention_plan import LayerPlan
 from model_executors.families import FAMILIES
 from model_executors.hooks import scheduler
-from model_executors.hooks.prompt_logprobs import RefusePromptLogprobs
+from model_executors.hooks.frozen_prompts import FrozenPrompts
 from model_executors.hooks.verify import AttentionPlanConfig
+from model_executors.layers.freeze import in_prompt
 from tests.test_verify import configure
 
 FREEZE = {4: LayerPlan("freeze"), 5: LayerPlan("freeze")}
@@ -47,9 +51,9 @@ def test_every_name_is_in_the_table_and_resolves():
 
 
 def test_the_refusal_of_prompt_logprobs_is_a_logits_processor_of_both_runners():
-    assert v1_classes(names.REFUSE_PROMPT_LOGPROBS) == [RefusePromptLogprobs]
-    assert issubclass(RefusePromptLogprobs, v2.LogitsProcessor)
-    assert not RefusePromptLogprobs.__abstractmethods__
+    assert v1_classes(names.FROZEN_PROMPTS) == [FrozenPrompts]
+    assert issubclass(FrozenPrompts, v2.LogitsProcessor)
+    assert not FrozenPrompts.__abstractmethods__
 
 
 @pytest.mark.parametrize(
@@ -60,8 +64,8 @@ def test_both_runners_refuse_at_admission(asked):
     sampling = SamplingParams()
     setattr(sampling, name, value)
     for validate in (
-        v2_validator(names.REFUSE_PROMPT_LOGPROBS),
-        lambda sampling: v1.validate_logits_processors_parameters([names.REFUSE_PROMPT_LOGPROBS], sampling),
+        v2_validator(names.FROZEN_PROMPTS),
+        lambda sampling: v1.validate_logits_processors_parameters([names.FROZEN_PROMPTS], sampling),
     ):
         validate(SamplingParams(logprobs=3))
         with pytest.raises(VLLMValidationError, match=f"{name} .*cannot be answered by this model"):
@@ -71,13 +75,13 @@ def test_both_runners_refuse_at_admission(asked):
 @pytest.mark.parametrize("interface", [v1.LogitsProcessor, v2.LogitsProcessor])
 def test_it_takes_what_each_runner_calls_it_with(interface):
     for name, theirs in inspect.getmembers(interface, inspect.isfunction):
-        ours = inspect.signature(getattr(RefusePromptLogprobs, name))
+        ours = inspect.signature(getattr(FrozenPrompts, name))
         ours.bind(*inspect.signature(theirs).parameters)  # a positional argument for each of theirs
 
 
 def test_it_says_that_it_changes_no_logits():
     """So that V2 does not copy a step's logits for it."""
-    hook = RefusePromptLogprobs("config", "state")
+    hook = FrozenPrompts(None, torch.device("cpu"), False)
     assert hook.add_request(0, SamplingParams()) is False
     assert hook.is_argmax_invariant()
     assert hook.apply("logits") == hook.apply("logits", "context") == "logits"
@@ -91,7 +95,7 @@ def test_each_runner_gets_what_it_knows(tiny_models, monkeypatch, v2_runner, spe
     config.model_config.logits_processors, config.cache_config.kv_sharing_fast_prefill = None, False
     monkeypatch.setattr(VllmConfig, "use_v2_model_runner", v2_runner)
     AttentionPlanConfig.verify_and_update_config(config)
-    refuses = names.REFUSE_PROMPT_LOGPROBS in (config.model_config.logits_processors or [])
+    refuses = names.FROZEN_PROMPTS in (config.model_config.logits_processors or [])
     assert refuses is (v2_runner or speculation is None)
     assert config.cache_config.kv_sharing_fast_prefill is not refuses
 
@@ -113,3 +117,31 @@ def test_the_configuration_is_checked_by_vllms_hook():
         inspect.signature(each.verify_and_update_config) for each in (AttentionPlanConfig, VerifyAndUpdateConfig)
     )
     assert list(ours.parameters) == list(theirs.parameters)
+
+
+def test_a_preempted_requests_own_tokens_are_no_prompt_under_v2(tiny_models):
+    """Its prompt of 9 and 5 generated tokens are computed anew: V2 calls all of them prefill, in three steps here."""
+    config = configure(tiny_models("Llama"), FREEZE)
+    prompt_len = SimpleNamespace(np=np.array([99, 9, 30], dtype=np.int32))
+    FrozenPrompts(config, SimpleNamespace(prompt_len=prompt_len))
+
+    def step(seq_lens, query_lens):
+        bounds = torch.tensor([0, *query_lens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        common = SimpleNamespace(
+            req_idx=np.array([1, 2]),
+            seq_lens_cpu_upper_bound=torch.tensor(seq_lens, dtype=torch.int32),
+            query_start_loc_cpu=bounds,
+            is_prefilling=torch.tensor([True, True]),
+        )
+        return in_prompt(common, config).tolist()
+
+    assert step([4, 20], [4, 20]) == [True, True]
+    assert step([9, 30], [5, 10]) == [True, True]
+    assert step([14, 31], [5, 1]) == [False, False]
+
+
+def test_what_v1_says_of_prompts_is_taken(tiny_models):
+    config = configure(tiny_models("Llama"), FREEZE)
+    FrozenPrompts(config, torch.device("cpu"), False)
+    prefilling = torch.tensor([True, False])
+    assert in_prompt(SimpleNamespace(is_prefilling=prefilling), config) is prefilling

@@ -145,7 +145,7 @@ def _prepare_frozen(vllm_config: VllmConfig) -> None:
     """Set what frozen layers need."""
     vllm_config.scheduler_config.scheduler_cls = names.SCHEDULER
     if vllm_config.speculative_config is None or vllm_config.use_v2_model_runner:
-        _add_processor(vllm_config, names.REFUSE_PROMPT_LOGPROBS)
+        _add_processor(vllm_config, names.FROZEN_PROMPTS)
     else:
         # V1 has no custom logits processors beside speculation, but this refuses prompt_logprobs by itself.
         vllm_config.cache_config.kv_sharing_fast_prefill = True

@@ -35,6 +35,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import subclass_attention_backend
 
 from model_executors.families import Family
+from model_executors.hooks.frozen_prompts import PLACE
 from model_executors.layers.stream import DeferredLayers, normed
 from model_executors.layers.window import WindowAttention
 
@@ -64,6 +65,19 @@ def select_rows(query_start_loc: torch.Tensor, is_prefilling: torch.Tensor) -> t
     return Rows(index, torch.repeat_interleave(~is_prefilling, count).unsqueeze(1)), bounds
 
 
+def in_prompt(common: CommonAttentionMetadata, vllm_config: VllmConfig) -> torch.Tensor | None:
+    """Which requests `[num_reqs]` are still in their prompt, on the CPU; None where it is unknown, as in dummy steps.
+
+    Of Model Runner V2 the prompts' ends are asked, since there a preempted request's own tokens pass for prompt tokens.
+    """
+    prompts = vllm_config.compilation_config.static_forward_context.get(PLACE)
+    if prompts is None or common.req_idx is None or common.seq_lens_cpu_upper_bound is None:
+        return common.is_prefilling
+    query_lens = common.query_start_loc_cpu.diff()
+    computed = common.seq_lens_cpu_upper_bound[: len(query_lens)] - query_lens
+    return computed < prompts.lengths(common.req_idx)
+
+
 @functools.cache
 def frozen_backend(stock: type[AttentionBackend]) -> type[AttentionBackend]:
     """The backend with metadata for the rows that go on.
@@ -88,9 +102,10 @@ def frozen_backend(stock: type[AttentionBackend]) -> type[AttentionBackend]:
             self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
         ) -> AttentionMetadata:
             common = common_attn_metadata
-            if common.is_prefilling is None or not common.is_prefilling.any():
+            is_prefilling = in_prompt(common, self.vllm_config)
+            if is_prefilling is None or not is_prefilling.any():
                 return super().build(common_prefix_len, common, fast_build)
-            rows, bounds = select_rows(common.query_start_loc_cpu, common.is_prefilling)
+            rows, bounds = select_rows(common.query_start_loc_cpu, is_prefilling)
             device = common.query_start_loc.device
             rows = Rows(*(part.to(device, non_blocking=True) for part in (rows.index, rows.generating)))
             selected = common.replace(
