@@ -48,6 +48,12 @@ class Answer:
     """Bytes received."""
     error: str | None = None
     """Its kind: `HTTP 503`, `connect`, `timeout`, `dropped`, `error event`, `no usage`, `client at its cap`."""
+    counts: tuple[int, ...] = ()
+    """Tokens of each chunk, where the server counts as it goes."""
+    cached_tokens: int | None = None
+    """Of the prompt, found in the prefix cache, where the server says."""
+    right: bool | None = None
+    """Whether the answer is right, where that is known."""
 
     @property
     def sound(self) -> bool:
@@ -75,6 +81,13 @@ class Answer:
         if len(self.times) < 2 or self.answer_tokens < 2:
             return None
         return (self.times[-1] - self.times[0]) / (self.answer_tokens - 1)
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """Tokens of each chunk: as the server counts them, or else its count of all in equal parts."""
+        if len(self.counts) == len(self.times):
+            return np.array(self.counts, float)
+        return np.full(len(self.times), self.answer_tokens / max(len(self.times), 1))
 
     def good(self, objective: "Objective") -> bool:
         """Whether it was answered within the objective, as far as it was seen."""
@@ -110,5 +123,6 @@ def read_answers(files: Iterable[Path]) -> list[Answer]:
     for file in files:
         for line in file.read_text().splitlines():
             row = json.loads(line)
-            answers.append(Answer(**row | {"times": tuple(row["times"])}))
+            if "client" not in row:
+                answers.append(Answer(**row | {"times": tuple(row["times"]), "counts": tuple(row["counts"])}))
     return sorted(answers, key=lambda answer: answer.intended)

@@ -25,10 +25,11 @@ import numpy as np
 from loadtests.answer import Answer, Objective
 from loadtests.metrics import INTERVAL, Sample, Scraper, from_prometheus, scrape
 from loadtests.options import option
-from loadtests.run import Pace, Run, warm_up, workload_of
+from loadtests.run import Pace, Run, warm_up
 from loadtests.saturation import saturate
 from loadtests.settings import Load
 from loadtests.statistics import CONFIDENCE, Figures, Ratio, ratio, waited
+from loadtests.texts import Texts
 
 SIDES = ("A", "B")
 LEVEL = 0.8
@@ -56,10 +57,10 @@ class Plan:
             raise ValueError(f"rounds {self.rounds}: at least 1")
         if not 0 < self.tolerance <= 1:
             raise ValueError(f"tolerance {self.tolerance:g}: a part of the rate; give one in (0, 1]")
-        if self.load.arrival in ("closed", "trace"):
+        if self.load.arrival == "closed":
             raise ValueError(f"arrival {self.load.arrival!r}: take constant, poisson or bursts")
         for each in self.profiles:
-            workload_of(replace(self.load, workload=each))
+            replace(self.load, workload=each).asks(texts=Texts())
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,13 @@ from locust.exception import StopUser
 from locust.runners import MasterRunner, WorkerRunner
 
 from loadtests.answer import Objective, now
-from loadtests.client import Chunk, cut_off
+from loadtests.client import Chunk
 from loadtests.open_loop import OpenLoop
 from loadtests.options import add_options
+from loadtests.requests import History
 from loadtests.session import Session
 from loadtests.settings import Load
+from loadtests.watch import BOUND
 
 DONE = "open_loop_done"
 logging.getLogger("httpx").setLevel(logging.WARNING)  # which has a line for each request
@@ -37,6 +39,8 @@ def _options(parser: LocustArgumentParser) -> None:
     group = parser.add_argument_group("vllm-ext load tests")
     add_options(group, Load, arrival="closed", warmup=0.0, duration=60.0)
     add_options(group, Objective, ttft=0.0)
+    group.add_argument("--client-bound", type=float, default=BOUND, help="Seconds at the median by which this client's "
+        f"own times may be wrong; beyond, the run is void, and Locust exits with 3. Default: {BOUND:g}.")  # fmt: skip
     group.add_argument("--records", default="", help="A file for one JSON line a request; workers add their number.")
 
 
@@ -49,15 +53,22 @@ class OpenAIUser(User):
         session: Session | None = getattr(self.environment, "session", None)
         if session is None:  # it could not start, and said why
             raise StopUser
-        if session.load.arrival != "closed":
+        if not session.load.closed:
             raise StopUser
-        request = session.workload.request(next(session.numbers))
-        intended, chunks = now(), list[Chunk]()
-        try:
-            session.ask(request, intended, chunks)
-        except gevent.GreenletExit:
-            session.record(cut_off(request, intended, chunks), request)
-            raise
+        history = History(session.workload.conversation(next(session.numbers)))
+        while not history.over:
+            request = history.request()
+            intended, chunks = now(), list[Chunk]()
+            try:
+                answer, stream = session.ask(request, intended, chunks)
+            except gevent.GreenletExit:
+                session.cut_off(request, intended, chunks)
+                raise
+            if answer.error is not None:
+                return
+            history.add_stream(stream.text, stream.token_ids)
+            if not history.over:
+                gevent.sleep(history.conversation.turns[history.turn].think)
 
 
 @events.test_start.add_listener
@@ -71,12 +82,16 @@ def _start(environment: Environment, **_: Any) -> None:
         environment.process_exit_code = 2
         gevent.spawn(_end, environment)
         return
-    if session.load.arrival != "closed":
+    if not session.load.closed:
         gevent.spawn(_open_loop, environment, session)
 
 
 def _open_loop(environment: Environment, session: Session) -> None:
-    OpenLoop(session).run()
+    try:
+        OpenLoop(session).run()
+    except (ValueError, httpx.HTTPError) as error:
+        print(f"error: {environment.host}: {error}", file=sys.stderr)
+        environment.process_exit_code = 2
     if isinstance(environment.runner, WorkerRunner):
         environment.runner.send_message(DONE)
     else:
@@ -111,6 +126,6 @@ def _listen(environment: Environment, **_: Any) -> None:
 @events.test_stop.add_listener
 @events.quitting.add_listener
 def _stop(environment: Environment, **_: Any) -> None:
-    session = getattr(environment, "session", None)
+    session = environment.__dict__.pop("session", None)
     if session is not None:
         session.close()

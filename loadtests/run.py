@@ -1,22 +1,24 @@
 """One measured run: Locust in a process of its own, and the figures of what it recorded."""
 
+import json
 import math
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
 
 from loadtests.answer import Answer, Objective, read_answers
-from loadtests.arrivals import schedule
 from loadtests.metrics import scrape
 from loadtests.options import arguments
 from loadtests.settings import Load
 from loadtests.statistics import Figures, figures
-from loadtests.workloads import Texts, Workload, read_trace
+from loadtests.texts import Texts
+from loadtests.watch import Client, together
 
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 DRAIN_SECONDS = 120.0
@@ -33,6 +35,7 @@ class Run:
     answers: list[Answer]
     start: float
     """Of the measured seconds, Unix time."""
+    client: Client
 
     @property
     def measured(self) -> list[Answer]:
@@ -54,12 +57,13 @@ def run(url: str, load: Load, objective: Objective) -> Run:
     with tempfile.TemporaryDirectory() as folder:
         records = Path(folder) / "records.jsonl"
         limit = 10 * (load.warmup + load.duration) + 600
-        locust(url, arguments(load, objective, records=records, users=1), limit)
+        locust(url, arguments(load, objective, records=records, users=1, client_bound=math.inf), limit)
         answers = read_answers([records])
+        client, start = read_account([records])
     if not answers:
         raise ValueError(f"{url}: no request was sent in {load.duration:g} s at {load.rate:g} a second; ask for longer")
-    start = _started(answers, load) + load.warmup
-    return Run(figures(answers, objective, start, start + load.duration, load.rate), answers, start)
+    start += load.warmup
+    return Run(figures(answers, objective, start, start + load.duration, load.rate), answers, start, client)
 
 
 @dataclass
@@ -76,19 +80,9 @@ class Pace:
         return done
 
 
-def workload_of(load: Load) -> Workload:
-    """What a run asks, for its lengths.
-
-    Raises:
-        ValueError: for what cannot be asked.
-
-    """
-    return Workload(load.workload, "", load.api, scale=load.scale, vocab_size=load.vocab_size, texts=Texts())
-
-
 def requests_under_way(load: Load, token_seconds: float) -> int:
     """Requests in flight at its rate, by Little's law."""
-    return round(load.rate * workload_of(load).mean_answer * token_seconds)
+    return round(load.rate * load.asks(texts=Texts()).mean_answer * token_seconds)
 
 
 def warm_up(url: str, load: Load) -> tuple[float, float]:
@@ -101,12 +95,13 @@ def warm_up(url: str, load: Load) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder:
         records = Path(folder) / "records.jsonl"
         users = {"users": WARM_UP_USERS, "spawn_rate": WARM_UP_USERS, "run_time": f"{math.ceil(seconds)}s"}
-        locust(url, arguments(replace(load, arrival="closed"), records=records, **users), limit=seconds + 300)
+        more = users | {"records": records, "client_bound": math.inf}
+        locust(url, arguments(replace(load, arrival="closed"), **more), limit=seconds + 300)
         answers = read_answers([records])
     start = min((answer.sent for answer in answers), default=0.0)
     found = figures(answers, Objective(math.inf, math.inf), start, start + seconds)
     prompts = sum(answer.prompt_tokens for answer in answers if answer.times) / seconds
-    served = (prompts + found.tokens_per_second) / workload_of(load).mean_tokens
+    served = (prompts + found.tokens_per_second) / load.asks(texts=Texts()).mean_tokens
     return max(served, 1 / seconds), found.tpot[0] if math.isfinite(found.tpot[0]) else 0.0
 
 
@@ -143,9 +138,8 @@ def drain(url: str) -> None:
         time.sleep(0.2)
 
 
-def _started(answers: list[Answer], load: Load) -> float:
-    """When the schedule began: its first request, number 0, was due with the first arrival."""
-    first = next(answer for answer in answers if not answer.id.endswith("--0") and answer.id.endswith("-0"))
-    if load.arrival == "trace":
-        return first.intended - read_trace(Path(load.trace))[0].arrival
-    return first.intended - next(schedule(load.arrival, load.rate, load.seed, load.burst))
+def read_account(files: Iterable[Path]) -> tuple[Client, float]:
+    """What the client's processes say of themselves in those records, and when the schedule began."""
+    rows = [json.loads(file.read_text().splitlines()[-1]) for file in files]
+    clients = [Client(**row["client"] | {name: tuple(row["client"][name]) for name in ("lag", "late")}) for row in rows]
+    return together(clients), min(row["start"] for row in rows)

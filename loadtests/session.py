@@ -1,8 +1,9 @@
 """What the users of one process share during a run: the client, what is asked, and where answers are noted."""
 
 import itertools
-import os
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ from locust.env import Environment
 from locust.runners import WorkerRunner
 
 from loadtests.answer import CUT, Answer, Objective, write_line
-from loadtests.client import Chunk, ask, open_client
+from loadtests.client import Chunk, Stream, Streams, cut_off, open_client
 from loadtests.options import read_options
+from loadtests.requests import Request
 from loadtests.settings import Load
 from loadtests.tokenizers import find_texts
-from loadtests.workloads import Request, Workload
+from loadtests.watch import Watch
 
 TURN = 16  # Locust's rows are written this many at a time, so that others' chunks are not noted late
 
@@ -28,31 +30,40 @@ class Session:
         options: Any = environment.parsed_options
         self.load = load = read_options(options, Load)
         self.objective = read_options(options, Objective) if options.ttft else None
-        self.client = open_client(environment.host or "", os.environ.get("OPENAI_API_KEY"))
+        self.bound = options.client_bound
+        host = environment.host or ""
+        self.streams = Streams(host, load.max_in_flight)
         self.worker, self.workers = 0, 1
         if isinstance(runner, WorkerRunner):
             self.worker, self.workers = runner.worker_index, max(options.expect_workers, 1)
         texts = None
+        self.client = open_client(host)
         model = load.model or self.client.get("/v1/models").raise_for_status().json()["data"][0]["id"]
         if load.api == "chat" or load.prompts == "words":
             texts = find_texts(self.client, model, load.api, load.tokenizer)
             if not texts.exact:
                 print("note: no tokenizer; prompts' lengths are approximate, a word a token", file=sys.stderr)
-        text_seed = None if load.text_seed < 0 else load.text_seed
-        asked = load.workload, model, load.api, load.seed, load.scale, load.vocab_size
-        self.workload = Workload(*asked, texts, text_seed)
+        self.workload = load.asks(model, texts)
         self.numbers = itertools.count(self.worker, self.workers)
         self.file = None
+        self.start = 0.0
+        """When the open loop's schedule began."""
         if options.records:
             path = Path(options.records)
             name = f"{path.stem}-{self.worker}{path.suffix}" if isinstance(runner, WorkerRunner) else path.name
             self.file = path.with_name(name).open("w")
+        self.watch = Watch()
 
-    def ask(self, request: Request, intended: float, chunks: list[Chunk]) -> Answer:
+    def ask(self, request: Request, intended: float, chunks: list[Chunk]) -> tuple[Answer, Stream]:
         """Send it, and put what came into Locust's rows and the records."""
-        answer = ask(self.client, request, intended, chunks)
+        answer, stream = self.streams.ask(request, intended, chunks)
+        self.watch.late.append(answer.sent - intended)
         self.record(answer, request)
-        return answer
+        return answer, stream
+
+    def cut_off(self, request: Request, intended: float, chunks: list[Chunk], why: str = CUT) -> None:
+        """Record what came of a request that is not waited for any longer."""
+        self.record(cut_off(request, intended, chunks, why), request)
 
     def record(self, answer: Answer, request: Request) -> None:
         """Put it into the records, and into Locust's rows unless it was cut off."""
@@ -72,6 +83,8 @@ class Session:
             rows.append(("tokens out", answer.answer_tokens, answer.answer_tokens))
         fire = self.environment.events.request.fire
         error = RuntimeError(answer.error) if answer.error else None
+        if answer.right is not None:
+            rows.append(("needles", 100.0 * answer.right, 0))
         context: dict[str, Any] = {}
         fire(
             request_type="POST",
@@ -94,7 +107,13 @@ class Session:
             )
 
     def close(self) -> None:
-        """Write out what is left."""
+        """Write out what is left, and say if the run is void."""
+        self.client.close()
+        client = self.watch.stop()
         if self.file:
+            self.file.write(json.dumps({"client": asdict(client), "start": self.start}) + "\n")
             self.file.close()
             self.file = None
+        if why := client.void(self.bound):
+            print(f"void: {why}", file=sys.stderr)
+            self.environment.process_exit_code = 3

@@ -71,8 +71,8 @@ def figures(answers: Sequence[Answer], objective: Objective, start: float, end: 
     seconds = end - start
     arrived = 0.0
     for answer in answers:
-        if answer.times and answer.answer_tokens:
-            arrived += answer.answer_tokens * sum(start <= time < end for time in answer.times) / len(answer.times)
+        times = np.array(answer.times)
+        arrived += float(answer.tokens[(start <= times) & (times < end)].sum())
     return Figures(
         rate=rate or len(measured) / seconds,
         seconds=seconds,

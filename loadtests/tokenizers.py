@@ -5,7 +5,7 @@ from typing import Any
 
 import httpx
 
-from loadtests.workloads import Texts, single_token_words
+from loadtests.texts import Texts, single_token_words
 
 
 def find_texts(client: httpx.Client, model: str, api: str, tokenizer: str = "") -> Texts:

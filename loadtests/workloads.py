@@ -1,45 +1,25 @@
 """What is asked: prompts and answers of exact lengths, from a seed.
 
-Prompts are never the same twice, so that prefix caching cannot disguise prefill; `sharedprefix` shares one on purpose.
-Completions are asked with token ids, which need no tokenizer. Chat needs text: words that are one token each, found
-with the server's `/tokenize` (vLLM has it) or a local tokenizer; without either a word counts as one, approximately.
+Prompts are never the same twice, so that prefix caching cannot disguise prefill, but for what they share on purpose: a
+prefix, or the turns before. Completions are asked with token ids, which need no tokenizer. Chat needs text: words that
+are one token each, found with the server's `/tokenize` (vLLM has it) or a local tokenizer; without either a word counts
+as one, approximately.
 """
 
-import json
 import random
-import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
+
+from loadtests.needles import needle
+from loadtests.requests import Conversation, Request, Turn
+from loadtests.sharegpt import Dialogue
+from loadtests.texts import WORDS, Texts
+from loadtests.traces import BLOCK_TOKENS, Traced
 
 FIRST_TOKEN = 1_000
 """Token ids are drawn from here to the vocabulary's size: below lie bytes and special tokens."""
-WORDS = re.findall(
-    r"\w+",
-    """
-time year people way day man thing woman life child world school state family student group country problem hand part
-place case week company system program question work government number night point home water room mother area money
-story fact month lot right study book eye job word business issue side kind head house service friend father power hour
-game line end member law car city community name president team minute idea body information back parent face others
-level office door health person art war history party result change morning reason research girl guy moment air teacher
-force education foot boy age policy music market sense nation plan college interest death experience effect use class
-control care field development role effort rate heart drug show leader light voice wife whole police mind price report
-decision son view relationship town road arm difference value building action season society tax director position
-""",
-)
-
-
-@dataclass(frozen=True)
-class Request:
-    """One request, ready to be sent."""
-
-    profile: str
-    id: str
-    path: str
-    body: bytes
-    prompt_tokens: int
-    answer_tokens: int
 
 
 @dataclass(frozen=True)
@@ -47,9 +27,13 @@ class Profile:
     """Lengths in tokens, drawn uniformly between two."""
 
     prompt: tuple[int, int]
+    """Of each turn."""
     answer: tuple[int, int]
     shared: int = 0
-    """Tokens that all prompts begin with, besides."""
+    """Tokens that prompts begin with, besides."""
+    turns: tuple[int, int] = (1, 1)
+    think: float = 0.0
+    """Seconds between an answer and the next turn, on average."""
 
 
 PROFILES = {
@@ -59,25 +43,17 @@ PROFILES = {
     "generate": Profile((16, 64), (512, 1024)),
     "longcontext": Profile((4096, 8192), (128, 256)),
     "sharedprefix": Profile((32, 128), (64, 128), 1024),
+    "conversation": Profile((32, 256), (64, 256), turns=(3, 8), think=5.0),
+    "agent": Profile((64, 512), (32, 128), 1024, turns=(6, 16), think=1.0),
 }
 MIXED = ("chat", "rag", "summarise", "generate")
-NAMES = (*PROFILES, "mixed")
-
-
-@dataclass(frozen=True)
-class Texts:
-    """What prompts of text are made of."""
-
-    words: tuple[str, ...] = tuple(WORDS)
-    """One token each, after a space."""
-    around: int = 0
-    """Tokens that the chat template adds."""
-    exact: bool = False
+DATASET, TRACE = "dataset", "trace"
+NAMES = (*PROFILES, "mixed", DATASET, TRACE)
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Requests by their number: the same seed and number give the same request."""
+    """Conversations by their number: the same seed and number give the same one."""
 
     profile: str
     model: str
@@ -89,10 +65,26 @@ class Workload:
     """None asks with token ids; chat needs some."""
     text_seed: int | None = None
     """Of the prompts' texts where it is not `seed`: the same lengths can be asked again, of a server that caches."""
+    turns: int = 0
+    """Turns of every conversation; 0 is as the profile has it."""
+    think: float = -1.0
+    """Seconds of thought before a turn, on average; below 0 as the profile has it."""
+    prefixes: int = 1
+    """How many different prefixes are shared."""
+    prefix_tokens: int = -1
+    """Tokens of each; below 0 as the profile has it."""
+    prefix_share: float = 1.0
+    """The part of conversations that begin with one."""
+    needles: float = 0.0
+    """The part of conversations that are a question with a known answer."""
+    dialogues: tuple[Dialogue, ...] = ()
+    """For the profile `dataset`."""
+    trace: tuple[Traced, ...] = ()
+    """For the profile `trace`."""
 
     def __post_init__(self) -> None:
         if self.profile not in NAMES:
-            raise ValueError(f"profile {self.profile!r}: take one of {', '.join(NAMES)}")
+            raise ValueError(f"workload {self.profile!r}: take one of {', '.join(NAMES)}")
         if self.api not in ("chat", "completions"):
             raise ValueError(f"api {self.api!r}: take chat or completions")
         if not self.scale > 0:
@@ -101,11 +93,41 @@ class Workload:
             raise ValueError(f"vocab-size {self.vocab_size}: token ids are drawn from {FIRST_TOKEN:,} up")
         if self.api == "chat" and self.texts is None:
             raise ValueError("api 'chat' needs words to ask with")
+        for name, part in (("prefix-share", self.prefix_share), ("needles", self.needles)):
+            if not 0 <= part <= 1:
+                raise ValueError(f"{name} {part:g}: it is a part of all requests; give one in [0, 1]")
+        if self.turns < 0 or self.prefixes < 1:
+            raise ValueError(f"turns {self.turns}, prefixes {self.prefixes}: give at least 0, and at least 1")
+        if (self.profile == TRACE) != bool(self.trace) or (self.profile == DATASET) != bool(self.dialogues):
+            raise ValueError(f"workload {self.profile!r}: trace goes with --trace FILE, dataset with --dataset FILE")
+        if self.profile == DATASET and self.api != "chat":
+            raise ValueError("workload 'dataset': its conversations are asked as chat; add --api chat")
+
+    def conversation(self, number: int) -> Conversation:
+        """The conversation of that number."""
+        if self.profile == DATASET:
+            return self._dialogue(number)
+        if self.profile == TRACE:
+            return self._traced(number)
+        dice = random.Random(f"{self.profile}/{self.seed}/{number}")
+        if self.needles and dice.random() < self.needles:
+            return self._needle(number, dice)
+        profile = dice.choice(self._profiles)
+        shared = self._shared(profile, dice)
+        turns = []
+        for place in range(dice.randint(*profile.turns)):
+            prompt, answer = self._scaled(dice.randint(*profile.prompt)), self._scaled(dice.randint(*profile.answer))
+            think = dice.expovariate(1 / profile.think) if place and profile.think else 0.0
+            turns.append(self._turn(number, place, shared if place == 0 else [], prompt, answer, think))
+        return self._conversation(number, tuple(turns))
 
     def request(self, number: int) -> Request:
-        """The request of that number."""
-        shared, prompt, answer = self._lengths(random.Random(f"{self.profile}/{self.seed}/{number}"))
-        return self.build(number, shared, prompt, answer)
+        """The first request of that conversation."""
+        return self.conversation(number).request(0, ())
+
+    def fixed(self, number: int, head: list[Any], prompt: int, answer: int) -> Conversation:
+        """One request of `prompt` tokens after those of `head`, answered with exactly `answer`."""
+        return self._conversation(number, (self._turn(number, 0, head, prompt, answer),))
 
     def under_way(self, count: int) -> Iterator[Request]:
         """Requests as they are met at any one time: in the middle, what has been answered of them in their prompts.
@@ -113,60 +135,126 @@ class Workload:
         Those with long answers are met more often. Their numbers are negative.
         """
         dice = random.Random(f"{self.profile}/{self.seed}/under way")
-        longest = self._scaled(max(profile.answer[1] for profile in self._profiles))
+        answers = [each.answer_tokens for each in self.trace] or [profile.answer[1] for profile in self._profiles]
+        longest = self._scaled(max(answers))
         number = -1
         while number >= -count:
             shared, prompt, answer = self._lengths(dice)
             if dice.random() < answer / longest:
                 done = dice.randrange(answer)
-                yield self.build(number, shared, prompt + done, answer - done)
+                yield self.fixed(number, shared, prompt + done, answer - done).request(0, ())
                 number -= 1
+
+    def _lengths(self, dice: random.Random) -> tuple[list[Any], int, int]:
+        """What a request's prompt begins with, how long the rest of it is, turns before it included, and its answer."""
+        if self.trace:
+            each = dice.choice(self.trace)
+            return [], self._scaled(each.prompt_tokens), self._scaled(each.answer_tokens)
+        profile = dice.choice(self._profiles)
+        shared = self._shared(profile, dice)
+        turn = dice.randrange(dice.randint(*profile.turns))
+        before = sum(dice.randint(*profile.prompt) + dice.randint(*profile.answer) for _ in range(turn))
+        prompt = self._scaled(dice.randint(*profile.prompt) + before)
+        return shared, prompt, self._scaled(dice.randint(*profile.answer))
+
+    @property
+    def around(self) -> int:
+        """Tokens that the chat template adds to a prompt."""
+        return self.texts.around if self.texts else 0
+
+    @property
+    def mean_turns(self) -> float:
+        """Requests of a conversation on average."""
+        if self.profile == DATASET:
+            return sum(len(each.turns) for each in self.dialogues) / max(len(self.dialogues), 1)
+        return sum(sum(profile.turns) / 2 for profile in self._profiles) / len(self._profiles)
 
     @property
     def mean_answer(self) -> float:
         """Tokens of an answer on average."""
+        if self.trace:
+            return self.scale * sum(each.answer_tokens for each in self.trace) / len(self.trace)
         return self.scale * sum(sum(profile.answer) / 2 for profile in self._profiles) / len(self._profiles)
 
     @property
-    def mean_tokens(self) -> float:
-        """Tokens of a prompt and its answer on average."""
-        prompts = sum(profile.shared + sum(profile.prompt) / 2 for profile in self._profiles) / len(self._profiles)
-        return self.scale * prompts + self.mean_answer
+    def mean_think(self) -> float:
+        """Seconds of thought before a turn on average."""
+        return sum(profile.think for profile in self._profiles) / len(self._profiles)
 
     @property
+    def mean_tokens(self) -> float:
+        """Tokens of a prompt and its answer on average, of a conversation those of the turns before too."""
+        if self.trace:
+            return self.scale * sum(each.prompt_tokens + each.answer_tokens for each in self.trace) / len(self.trace)
+        found = 0.0
+        for each in self._profiles:
+            turn = sum(each.prompt) / 2 + sum(each.answer) / 2
+            found += each.shared * self.prefix_share + turn * (1 + (sum(each.turns) / 2 - 1) / 2)
+        return self.scale * found / len(self._profiles)
+
+    @cached_property
     def _profiles(self) -> list[Profile]:
-        return [PROFILES[name] for name in (MIXED if self.profile == "mixed" else (self.profile,))]
+        names = MIXED if self.profile == "mixed" else ("chat",) if self.profile in (DATASET, TRACE) else (self.profile,)
+        found = [PROFILES[name] for name in names]
+        if self.turns:
+            found = [replace(each, turns=(self.turns, self.turns)) for each in found]
+        if self.think >= 0:
+            found = [replace(each, think=self.think) for each in found]
+        if self.prefix_tokens >= 0:
+            found = [replace(each, shared=self.prefix_tokens) for each in found]
+        return found
 
-    def _lengths(self, dice: random.Random) -> tuple[list[Any], int, int]:
-        """The shared tokens, which are the profile's own whatever the seed, and the lengths of prompt and answer."""
+    @property
+    def _text_seed(self) -> int:
+        return self.seed if self.text_seed is None else self.text_seed
+
+    def _shared(self, profile: Profile, dice: random.Random) -> list[Any]:
+        """One of the shared prefixes, which are the same whatever the seed, or for a part of conversations none."""
+        if not profile.shared or (self.prefix_share < 1 and dice.random() >= self.prefix_share):
+            return []
+        which = dice.randrange(self.prefixes) if self.prefixes > 1 else 0
+        return self._draw(random.Random(f"shared/{which}"), self._scaled(profile.shared))
+
+    def _turn(self, number: int, place: int, head: list[Any], prompt: int, answer: int, think: float = 0.0) -> Turn:
+        """`prompt` tokens after those of `head`."""
+        dice = random.Random(f"{self.profile}/{self._text_seed}/{number}/{place}/text")
+        tokens = [*head, *self._draw(dice, max(prompt - self.around, 0 if head else 1))]
+        stand_in = self._content(self._draw(dice, answer))
+        return Turn(self._content(tokens), len(tokens) + self.around, answer, think, stand_in)
+
+    def _needle(self, number: int, dice: random.Random) -> Conversation:
         profile = dice.choice(self._profiles)
-        shared = self._draw(random.Random("shared"), self._scaled(profile.shared))
-        return shared, self._scaled(dice.randint(*profile.prompt)), self._scaled(dice.randint(*profile.answer))
+        prompt, answer = self._scaled(dice.randint(*profile.prompt)), self._scaled(dice.randint(*profile.answer))
+        text, expected = needle(prompt, dice, f"{self._text_seed}.{number}", chat=self.api == "chat")
+        return self._conversation(number, (Turn(text, prompt, answer, expected=expected),))
 
-    def build(self, number: int, shared: list[Any], prompt: int, answer: int) -> Request:
-        """A request of `prompt` tokens after the shared ones, answered with exactly `answer`."""
-        seed = self.seed if self.text_seed is None else self.text_seed
-        dice = random.Random(f"{self.profile}/{seed}/{number}/text")
-        around = self.texts.around if self.texts else 0
-        fresh = max(prompt - around, 1)
-        tokens = [*shared, *self._draw(dice, fresh)]
-        body = {
-            "model": self.model,
-            "max_tokens": answer,
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        # The first word has no space before it, so it is always the one whose tokens were counted.
-        text: Any = "".join([WORDS[0], *tokens[1:]]) if self.texts else tokens
-        if self.api == "chat":
-            body |= {"messages": [{"role": "user", "content": text}]}
-        else:
-            body |= {"prompt": text}
-        path = "/v1/chat/completions" if self.api == "chat" else "/v1/completions"
-        name = f"{self.profile}-{seed}-{number}"
-        return Request(self.profile, name, path, json.dumps(body).encode(), len(tokens) + around, answer)
+    def _dialogue(self, number: int) -> Conversation:
+        dice = random.Random(f"{self.profile}/{self.seed}/{number}")
+        count = self.texts.count if self.texts and self.texts.count else lambda text: round(len(text.split()) * 4 / 3)
+        turns = []
+        for place, (said, answered) in enumerate(dice.choice(self.dialogues).turns):
+            think = dice.expovariate(1 / self.think) if place and self.think > 0 else 0.0
+            turns.append(Turn(said, count(said), self._scaled(max(count(answered), 1)), think, answered))
+        return self._conversation(number, tuple(turns[: self.turns or None]))
+
+    def _traced(self, number: int) -> Conversation:
+        """The trace's requests in their order, and again with other tokens; what is in no block is the text seed's."""
+        lap, place = divmod(number, len(self.trace))
+        each = self.trace[place]
+        prompt, block = self._scaled(each.prompt_tokens), self._scaled(BLOCK_TOKENS)
+        head = list[Any]()
+        for name in each.blocks:
+            head += self._draw(random.Random(f"block/{self._text_seed}/{lap}/{name}"), block)
+        del head[max(prompt - self.around, 0) :]
+        return self.fixed(number, head, prompt - len(head), self._scaled(each.answer_tokens))
+
+    def _conversation(self, number: int, turns: tuple[Turn, ...]) -> Conversation:
+        name = f"{self.profile}-{self._text_seed}-{number}"
+        return Conversation(self.profile, name, self.api, self.model, turns)
+
+    def _content(self, tokens: list[Any]) -> Any:
+        """The first word has no space before it, so it is always the one whose tokens were counted."""
+        return "".join([WORDS[0], *tokens[1:]]) if self.texts else tokens
 
     def _draw(self, dice: random.Random, count: int) -> list[Any]:
         if self.texts:
@@ -175,61 +263,3 @@ class Workload:
 
     def _scaled(self, tokens: int) -> int:
         return max(1, round(tokens * self.scale)) if tokens else 0
-
-
-def single_token_words(count: Callable[[str], int]) -> Texts:
-    """The words that are one token each in a message, by `count`: a whole prompt's tokens, its template included.
-
-    Raises:
-        ValueError: where no such words are found, or a prompt of them has another length than follows.
-
-    """
-    base = count(WORDS[0])
-    found = tuple(word for word in WORDS if count(f"{WORDS[0]} {word}") == base + 1)
-    around = base - 1
-    dice = random.Random(0)
-    if len(found) >= 32 and count(" ".join([WORDS[0], *dice.choices(found, k=200)])) == base + 200:
-        return Texts(found, around, exact=True)
-    raise ValueError(f"only {len(found)} of {len(WORDS)} words are one token each; ask completions, with token ids")
-
-
-@dataclass(frozen=True)
-class Traced:
-    """One line of a trace."""
-
-    arrival: float
-    prompt_tokens: int
-    answer_tokens: int
-
-
-def read_trace(file: Path) -> list[Traced]:
-    """Lines of `{"arrival": seconds, "prompt_tokens": n, "answer_tokens": n}`, in the order of arrival.
-
-    Raises:
-        ValueError: naming the line that is none.
-
-    """
-    traced = []
-    try:
-        lines = file.read_text().splitlines()
-    except OSError as error:
-        raise ValueError(f"trace {file}: {error.strerror}; name a file of JSON lines") from error
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            one = Traced(float(row["arrival"]), int(row["prompt_tokens"]), int(row["answer_tokens"]))
-            if one.arrival < 0 or one.prompt_tokens < 1 or one.answer_tokens < 1:
-                raise ValueError
-        except (ValueError, TypeError, KeyError) as error:
-            wanted = '{"arrival": seconds, "prompt_tokens": n, "answer_tokens": n}'
-            raise ValueError(f"trace {file.name}, line {number}: {line[:60]!r} is not {wanted}") from error
-        traced.append(one)
-    if not traced:
-        raise ValueError(f"trace {file.name}: it has no lines")
-    return sorted(traced, key=lambda each: each.arrival)
-
-
-def replay(trace: list[Traced], workload: Workload) -> Iterator[tuple[float, Request]]:
-    """The trace's requests with their arrivals; their texts are the seed's."""
-    for number, each in enumerate(trace):
-        yield each.arrival, workload.build(number, [], each.prompt_tokens, each.answer_tokens)

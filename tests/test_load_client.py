@@ -25,7 +25,7 @@ def url():
 
 def measured(url, folder, model, *options):
     """Run Locust; returns its exit code, the client's answers and what the server says of the same ones."""
-    given = [f"--model={model}", f"--records={folder / 'records.jsonl'}", "--scale=0.2", *options]
+    given = [f"--model={model}", f"--records={folder / 'records.jsonl'}", "--scale=0.2", "--client-bound=inf", *options]
     code = locust(url, given, limit=120)
     answers = [answer for answer in read_answers([folder / "records.jsonl"]) if answer.error != CUT]
     sent = {each["id"]: each for each in httpx.get(f"{url}/sent", timeout=60).json()}
@@ -86,7 +86,7 @@ def test_refused_connections_are_an_error_of_the_start(tmp_path):
 def test_locusts_own_rows(url, tmp_path):
     command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--host", url, "--headless", "--users", "4"]
     files = ["--csv", str(tmp_path / "run"), "--html", str(tmp_path / "run.html"), "--json-file", str(tmp_path / "run")]
-    chat = ["--api", "chat", "--workload", "mixed", "--scale", "0.05", "--run-time", "4s"]
+    chat = ["--api", "chat", "--workload", "mixed", "--scale", "0.05", "--run-time", "4s", "--client-bound=inf"]
     done = subprocess.run([*command, *files, *chat], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert "HTTP Request" not in done.stderr  # httpx would have a line for each
@@ -104,7 +104,14 @@ def test_master_and_two_workers(url, tmp_path):
     """They share one schedule: every request once, half of them each, and exit codes that say how it went."""
     base = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE)]
     port, records = str(free_port()), tmp_path / "records.jsonl"
-    asked = ["--scale=0.05", "--arrival=constant", "--rate=20", "--duration=3", f"--records={records}"]
+    asked = [
+        "--scale=0.05",
+        "--arrival=constant",
+        "--rate=20",
+        "--duration=3",
+        f"--records={records}",
+        "--client-bound=inf",
+    ]
     master = [*base, "--master", "--headless", "--expect-workers=2", "--expect-workers-max-wait=60", "--users=2"]
     bound = [f"--master-bind-port={port}", "--master-bind-host=127.0.0.1", "--host", url]
     processes = [subprocess.Popen([*master, *bound, *asked])]

@@ -96,7 +96,7 @@ compare_refused = partial(refused, "loadtest", "compare")
     ("options", "message"),
     [
         (["--require", "goodput>=1"], "require 'goodput>=1': write NAME>=NUMBER"),
-        (["--workload", "talk"], "profile 'talk': take one of chat"),
+        (["--workload", "talk"], "workload 'talk': take one of chat"),
         (["--ttft", "0"], "both must be above 0"),
         (["--goodput", "2"], "goodput 2: it is a part"),
         (["--arrival", "closed"], "arrival 'closed': take constant, poisson or bursts"),

@@ -4,14 +4,16 @@ import json
 
 import pytest
 
-from loadtests.workloads import NAMES, PROFILES, Texts, Workload, read_trace, replay, single_token_words
+from loadtests.texts import Texts, single_token_words
+from loadtests.traces import arrivals, read_trace
+from loadtests.workloads import PROFILES, Workload
 
 
 def bodies(workload, count=40):
     return [json.loads(workload.request(number).body) for number in range(count)]
 
 
-@pytest.mark.parametrize("profile", NAMES)
+@pytest.mark.parametrize("profile", [*PROFILES, "mixed"])
 def test_lengths_are_exact_and_prompts_unique(profile):
     workload = Workload(profile, "m", scale=0.25)
     requests = [workload.request(number) for number in range(40)]
@@ -20,7 +22,7 @@ def test_lengths_are_exact_and_prompts_unique(profile):
     assert [body["max_tokens"] for body in asked] == [request.answer_tokens for request in requests]
     assert len({tuple(body["prompt"]) for body in asked}) == 40
     shared = {tuple(body["prompt"][:4]) for body in asked}
-    assert len(shared) == (1 if profile == "sharedprefix" else 40)
+    assert len(shared) == (1 if profile in ("sharedprefix", "agent") else 40)
     if profile in PROFILES:
         low, high = PROFILES[profile].answer
         assert all(round(low / 4) <= body["max_tokens"] <= round(high / 4) for body in asked)
@@ -81,11 +83,10 @@ def test_replays_a_trace(tmp_path):
         {"arrival": 0, "prompt_tokens": 9, "answer_tokens": 4},
     ]
     file.write_text("\n".join(map(json.dumps, lines)))
-    pairs = list(replay(read_trace(file), Workload("chat", "m")))
-    assert [(time, len(json.loads(request.body)["prompt"]), request.answer_tokens) for time, request in pairs] == [
-        (0.0, 9, 4),
-        (1.5, 7, 3),
-    ]
+    workload = Workload("trace", "m", trace=read_trace(file))
+    requests = [workload.request(number) for number in range(2)]
+    assert list(arrivals(workload.trace, speed=2)) == [0.0, 0.75]
+    assert [(len(json.loads(each.body)["prompt"]), each.answer_tokens) for each in requests] == [(9, 4), (7, 3)]
 
 
 @pytest.mark.parametrize("line", ["", "{}", "[1]", '{"arrival": -1, "prompt_tokens": 1, "answer_tokens": 1}'])
@@ -102,7 +103,7 @@ def test_names_the_line_of_a_trace_that_is_none(tmp_path, line):
     "given", [{"profile": "talk"}, {"api": "images"}, {"scale": 0.0}, {"vocab_size": 10}, {"api": "chat"}]
 )
 def test_refuses_nonsense(given):
-    with pytest.raises(ValueError, match=r"profile|api|scale|vocab"):
+    with pytest.raises(ValueError, match=r"workload|api|scale|vocab"):
         Workload(**({"profile": "chat", "model": "m"} | given))
 
 

@@ -27,7 +27,7 @@ app = typer.Typer(no_args_is_help=True, help="Load tests: what serves more withi
 MAX_URL_SECONDS = 10
 URL = ("http://", "https://")
 UNREAD = {"allow_extra_args": True, "ignore_unknown_options": True}
-OF_A_RUN = ("workload", "model", "prompts", "arrival", "rate", "trace", "burst", "under_way", "text_seed")
+OF_A_RUN = ("workload", "model", "rate", "speed", "under_way", "text_seed")
 """What a search settles for each run, or the command's own options do."""
 
 
@@ -48,7 +48,7 @@ def saturate(context: typer.Context) -> None:
         add_options(parser, Objective)
         add_options(parser, Plan, ("rounds", "in_turn", "prometheus"))
         given = parser.parse_args(context.args)
-        load, objective = read_options(given, Load), read_options(given, Objective)
+        load, objective = read_options(given, Load, speed=0.0), read_options(given, Objective)
         plan = read_options(given, Plan, profiles=(load.workload,), objective=objective, load=load)
         texts = itertools.count(load.seed)
         with errors.status("warms up"):
@@ -91,12 +91,12 @@ def compare(context: typer.Context) -> None:
             f"{', '.join(NAMES)}; may be repeated. Default: chat and rag.")  # fmt: skip
         parser.add_argument("--require", action="append", default=[], metavar="THRESHOLD", help="What exits with 1 "
             "when missed: goodput_ratio>=1.2, chat:ttft_p95_ratio<=1; may be repeated.")  # fmt: skip
-        add_options(parser, Load, set(OF_A_RUN) - {"arrival", "prompts"})
+        add_options(parser, Load, OF_A_RUN)
         add_options(parser, Objective)
         add_options(parser, Plan)
         given, for_servers = parser.parse_known_args(context.args)
         given.workload = profiles = tuple(given.workload or ("chat", "rag"))
-        load, objective = read_options(given, Load, workload=profiles[0]), read_options(given, Objective)
+        load, objective = read_options(given, Load, workload=profiles[0], speed=0.0), read_options(given, Objective)
         plan = read_options(given, Plan, profiles=profiles, objective=objective, load=load)
         requirements = [Requirement.parse(text, profiles) for text in given.require]
         urls = [each for each in (given.a, given.b) if each.startswith(URL)]
