@@ -38,11 +38,11 @@ serve: $(READY)  ## Serve the embedded model with its plan, or with the layers o
 # waits for it is late with its first token, by a promise that leaves time for the prompt. The same bytes for both. Requests
 # come evenly, since by chance alone a few dozen that do not would need hours to tell the two apart.
 COMPARED := --workload chat --scale 2 --arrival constant --ttft $(if $(SLOW_BF16),12,4) --itl 2 --goodput 0.9 --warmup 5 \
-	--duration 18 --cut --tolerance 0.15 --rounds 5 --enforce-eager --block-size 32 --max-model-len 1024 \
+	--duration 18 --cut --needles 0.1 --enforce-eager --block-size 32 --max-model-len 1024 \
 	--max-num-batched-tokens 128 --kv-cache-memory-bytes $(if $(DTYPE),117440512,58720256) $(DTYPE)
 # On a CPU vLLM keeps a core from the model, for the rest of the server: of two cores half the speed.
 compare: export VLLM_CPU_NUM_OF_RESERVED_CPU ?= 0
-compare: $(READY)  ## Load the embedded model and its default plan in turn, and report which serves more: a quarter of an hour, or over an hour without AVX-512
+compare: $(READY)  ## Load the embedded model and its default plan in turn, and report which serves more: a quarter of an hour
 	@stock=$$($(BIN)/vllm-ext model fetch) && planned=$$($(BIN)/vllm-ext model fetch --planned) && \
 		env --unset=VLLM_CPU_KVCACHE_SPACE $(BIN)/vllm-ext loadtest compare "$$stock" "$$planned" $(COMPARED) $(ARGS)
 

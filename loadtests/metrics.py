@@ -16,6 +16,8 @@ ROWS = {
     "vllm:num_preemptions_total": "preemptions",
     "vllm:prompt_tokens_total": "prompt_tokens",
     "vllm:generation_tokens_total": "generation_tokens",
+    "vllm:prefix_cache_hits_total": "prefix_hits",
+    "vllm:prefix_cache_queries_total": "prefix_queries",
 }
 MEANS = {"kv_cache_usage"}
 """Taken as the mean over a server's engines; the others are summed."""

@@ -11,7 +11,6 @@ OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operat
 FORM = re.compile(r"(?:(\w+):)?(\w+)\s*(>=|<=|>|<)\s*([0-9.]+)")
 NAMES = (
     "goodput_ratio",
-    "tokens_per_second_ratio",
     "kv_capacity_ratio",
     "kv_cache_usage_ratio",
     *(f"{name}_{quantile}_ratio" for name in ("ttft", "itl", "tpot", "latency") for quantile in ("p50", "p95")),
@@ -39,7 +38,7 @@ class Requirement:
         match = FORM.fullmatch(text.strip())
         if match is None or match[2] not in NAMES or (match[1] and match[1] not in profiles):
             known = ", ".join(NAMES)
-            raise ValueError(f"require {text!r}: write NAME>=NUMBER or PROFILE:NAME>=NUMBER, NAME one of {known}")
+            raise ValueError(f"require {text!r}: write NAME>=NUMBER or WORKLOAD:NAME>=NUMBER, NAME one of {known}")
         return cls(text, match[1], match[2], match[3], float(match[4]))
 
     def failures(self, rows: Mapping[str, Mapping[str, Ratio]]) -> dict[str, str]:

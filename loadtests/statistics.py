@@ -49,6 +49,8 @@ class Figures:
     errors: dict[str, int]
     given_up: bool
     """Whether it was ended early, over-saturated."""
+    needles: tuple[int, int]
+    """Answered right, and asked, over the whole run."""
     steady: bool
     """Whether as much is served as is asked for; not so where it was ended early."""
 
@@ -88,6 +90,7 @@ def figures(answers: Sequence[Answer], objective: Objective, start: float, end: 
         latency=_quantiles([] if cut else [answer.latency for answer in whole]),
         errors=dict(errors),
         given_up=given_up,
+        needles=(sum(answer.right is True for answer in answers), sum(answer.right is not None for answer in answers)),
         steady=not given_up and is_steady(answers, start, end) and arrived >= SERVED * sum(map(demanded, measured)),
     )
 

@@ -30,8 +30,36 @@ def url():
 def compared(url, tmp_path_factory):
     """A beside A, with one requirement that is met and one that is not."""
     out = tmp_path_factory.mktemp("compared")
-    work = ["--workload", "chat", "--scale", "0.05", "--arrival", "constant", "--ttft", "0.3", "--itl", "0.5"]
-    times = ["--warmup", "0.5", "--duration", "2", "--rounds", "2", "--start", "16", "--tolerance", "0.5"]
+    work = [
+        "--workload",
+        "chat",
+        "--needles",
+        "0.3",
+        "--scale",
+        "0.05",
+        "--arrival",
+        "constant",
+        "--ttft",
+        "0.3",
+        "--itl",
+        "0.5",
+    ]
+    times = [
+        "--warmup",
+        "0.5",
+        "--duration",
+        "2",
+        "--pairs",
+        "2",
+        "--start",
+        "16",
+        "--width",
+        "2.5",
+        "--minutes",
+        "1.5",
+        "--client-bound",
+        "1",
+    ]
     required = ["--require", "goodput_ratio>=2", "--require", "goodput_ratio>=0.5"]
     command = [*COMMAND, "compare", url, url, "--out", str(out), *work, *times, *required]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False), out
@@ -41,16 +69,18 @@ def test_a_beside_a_is_no_difference(compared):
     done, out = compared
     assert done.returncode == 1, done.stderr  # for the requirement that is not met, as one of 2 ought to be
     assert "chat: no difference: B serves " in done.stdout
+    assert "needles: no difference can be seen" in done.stdout
     assert done.stderr.count("not met: ") == 1
     assert str(out / "report.html") in done.stderr.splitlines()[0]
     assert str(out / "report.html") in done.stdout.splitlines()[-1]
     report = json.loads((out / "report.json").read_text())
-    (chat,) = report["profiles"].values()
+    (chat,) = report["workloads"].values()
     assert not chat["ratios"]["goodput_ratio"]["differs"]
-    assert {len(rates) for rates in chat["saturation_requests_per_second"].values()} == {2}
-    assert {run["side"] for run in report["runs"] if run["kind"] == "level"} == {"A", "B"}
-    levels = {run["figures"]["rate"] for run in report["runs"] if run["kind"] == "level"}
-    assert len(levels) == 1
+    assert set(chat["served_requests_per_second"]) == {"A", "B"}
+    levels = [run for run in report["runs"] if run["kind"] == "level"]
+    assert [run["side"] for run in levels] == ["A", "B", "B", "A"]
+    assert len({run["figures"]["rate"] for run in levels}) == 1
+    assert all(run["client"]["processes"] == 1 for run in report["runs"])
     assert max(sample["running"] for sample in report["metrics"]["A"]) > 0
     assert report["versions"]["server A"] == "token server"
 
@@ -84,7 +114,7 @@ def test_the_report_draws_every_plot_with_no_error(compared, browser):
     }
     assert drawn == PLOTS
     assert browser.get_log("browser") == []
-    assert "no difference" in browser.find_element("css selector", "ul").text
+    assert "No difference" in browser.find_element("css selector", "#answer-chat").text
     page = Path(compared[1] / "report.html").read_text()
     assert 'src="http' not in page
 
@@ -101,7 +131,7 @@ compare_refused = partial(refused, "loadtest", "compare")
         (["--goodput", "2"], "goodput 2: it is a part"),
         (["--arrival", "closed"], "arrival 'closed': take constant, poisson or bursts"),
         (["--duration", "0"], "duration 0"),
-        (["--tolerance", "0"], "tolerance 0"),
+        (["--width", "1"], "width 1, minutes 15, pairs 3"),
         (["--prometheus", "http://127.0.0.1:9"], "prometheus http://127.0.0.1:9: "),
     ],
 )

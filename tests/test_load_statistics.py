@@ -7,10 +7,7 @@ import numpy as np
 import pytest
 
 from loadtests.answer import CUT, GIVEN_UP, Answer, Objective
-from loadtests.compare import SIDES, Comparison, Plan
 from loadtests.requirements import Requirement
-from loadtests.saturation import saturate
-from loadtests.settings import Load
 from loadtests.statistics import Ratio, figures, ratio
 
 OBJECTIVE = Objective(ttft=1.0, itl=0.1)
@@ -46,31 +43,6 @@ def test_a_gain_is_found():
 def test_an_interval_is_never_finer_than_the_search():
     assert ratio([10, 10, 10], [10.3, 10.3, 10.3], resolution=0.1).differs is False
     assert ratio([10, 10, 10], [10.3, 10.3, 10.3], resolution=0.01).differs is True
-
-
-def searched(plan, knees):
-    """What the rounds of a comparison find where each side serves up to its knee of that round, and no more."""
-    comparison, found = Comparison(plan, {}, {}), {side: [] for side in SIDES}
-    for turn, pair in enumerate(knees):
-        for side in SIDES if turn % 2 == 0 else SIDES[::-1]:
-            start, factor = comparison.start({each: rates for each, rates in found.items() if rates}, side, 0.0)
-            knee = pair[side]
-            found[side].append(saturate(lambda rate, knee=knee: rate <= knee, start, plan.tolerance, factor))
-    return ratio(found["A"], found["B"], plan.tolerance)
-
-
-@pytest.mark.parametrize("noise", [0.0, 0.03, 0.1])
-def test_searches_of_equal_things_find_no_difference(noise):
-    """Whatever the knee's place between the rates tried, and however little the rounds differ."""
-    dice = np.random.default_rng(1)
-
-    def differs(gain, seed):
-        plan = Plan(("chat",), OBJECTIVE, Load(seed=seed), 3, 0.15, start=float(dice.uniform(0.3, 3)))
-        knees = [{"A": math.exp(dice.normal(0, noise)), "B": gain * math.exp(dice.normal(0, noise))} for _ in range(3)]
-        return searched(plan, knees).differs
-
-    assert np.mean([differs(1.0, seed) for seed in range(300)]) < 0.08
-    assert np.mean([differs(1.5, seed) for seed in range(100)]) > 0.6
 
 
 def test_one_round_tells_nothing():

@@ -35,21 +35,23 @@ OF_A_RUN = ("workload", "model", "rate", "speed", "under_way", "text_seed")
 def saturate(context: typer.Context) -> None:
     """Find the highest rate, in requests a second, at which a server keeps a promise, and print it."""
     from loadtests.answer import Objective
-    from loadtests.compare import Plan
     from loadtests.options import add_options, read_options
     from loadtests.run import Pace, warm_up
     from loadtests.saturation import saturate as search
     from loadtests.settings import Load
+    from loadtests.texts import Texts
 
     with _refusing():
         parser = _parser("saturate", saturate.__doc__)
         parser.add_argument("url", help="An OpenAI-compatible server's URL.")
         add_options(parser, Load, set(OF_A_RUN) - {"workload"})
         add_options(parser, Objective)
-        add_options(parser, Plan, ("rounds", "in_turn", "prometheus"))
+        parser.add_argument("--tolerance", type=float, default=0.1, metavar="X", help="How closely the highest rate is "
+            "found, as a part of it. Default: 0.1.")  # fmt: skip
+        parser.add_argument("--start", type=float, metavar="X", help="The first rate to try; by default found.")
         given = parser.parse_args(context.args)
         load, objective = read_options(given, Load, speed=0.0), read_options(given, Objective)
-        plan = read_options(given, Plan, profiles=(load.workload,), objective=objective, load=load)
+        load.asks(texts=Texts())
         texts = itertools.count(load.seed)
         with errors.status("warms up"):
             served, token_seconds = warm_up(given.url, replace(load, seed=next(texts)))
@@ -62,7 +64,7 @@ def saturate(context: typer.Context) -> None:
             errors.print(f"{rate:.4g} requests/s: {found.good:.3f} within the promise, {why}")
             return found.held(objective)
 
-        print(f"{search(holds, plan.start or served, plan.tolerance):.4g}")
+        print(f"{search(holds, given.start or served, given.tolerance):.4g}")
 
 
 @app.command("compare", context_settings=UNREAD, add_help_option=False)
@@ -72,11 +74,13 @@ def compare(context: typer.Context) -> None:
     Options that are none of these go to the servers that it starts. Exits with 1 where a --require is not met.
     """
     from loadtests.answer import Objective
-    from loadtests.compare import SIDES, Comparison, Plan, Results, ratios, verdict
+    from loadtests.compare import Comparison, Plan, Results
     from loadtests.options import add_options, read_options
     from loadtests.report import write
     from loadtests.requirements import Requirement
     from loadtests.settings import Load
+    from loadtests.threshold import SIDES
+    from loadtests.verdict import quality, verdict
     from loadtests.workloads import NAMES
     from vllm_ext.progress import progress
 
@@ -95,10 +99,10 @@ def compare(context: typer.Context) -> None:
         add_options(parser, Objective)
         add_options(parser, Plan)
         given, for_servers = parser.parse_known_args(context.args)
-        given.workload = profiles = tuple(given.workload or ("chat", "rag"))
-        load, objective = read_options(given, Load, workload=profiles[0], speed=0.0), read_options(given, Objective)
-        plan = read_options(given, Plan, profiles=profiles, objective=objective, load=load)
-        requirements = [Requirement.parse(text, profiles) for text in given.require]
+        given.workload = workloads = tuple(given.workload or ("chat", "rag"))
+        load, objective = read_options(given, Load, workload=workloads[0], speed=0.0), read_options(given, Objective)
+        plan = read_options(given, Plan, workloads=workloads, objective=objective, load=load)
+        requirements = [Requirement.parse(text, workloads) for text in given.require]
         urls = [each for each in (given.a, given.b) if each.startswith(URL)]
         if for_servers and len(urls) == 2:
             raise UsageError(f"{for_servers[0]}: no option of compare, which starts no server here; see --help")
@@ -108,10 +112,10 @@ def compare(context: typer.Context) -> None:
         _make(given.out)
         errors.print(f"report: {given.out.resolve() / 'report.html'}, when done")
         with progress() as bar:
-            task = bar.add_task("", total=plan.rounds * len(profiles) * 2)
+            task = bar.add_task("", total=100)
 
             def step(text: str) -> None:
-                bar.update(task, description=text, completed=comparison.turns)
+                bar.update(task, description=text, completed=min(100 * comparison.gone, 99))
 
             described = {
                 side: shlex.join([each, *for_servers]) for side, each in zip(SIDES, (given.a, given.b), strict=True)
@@ -124,8 +128,9 @@ def compare(context: typer.Context) -> None:
 
             comparison = Comparison(plan, sides, described)
             results = comparison.measure(step, save)
-    for each in profiles:
-        print(verdict(results, each, ratios(results, each)))
+    for each in workloads:
+        print(verdict(results, each))
+        print(quality(results, each))
     for text in missed:
         errors.print(f"not met: {text}", markup=False)
     print(given.out.resolve() / "report.html")

@@ -1,0 +1,161 @@
+"""How many times more one server serves than another is told right, in the time promised, in virtual time.
+
+The servers are plain simulations with known times: so many requests at once, first come first served. What they answer
+goes the whole way that real answers go, but for HTTP; the time that each run would take is added up.
+"""
+
+import heapq
+import math
+from contextlib import nullcontext
+from itertools import takewhile
+
+import numpy as np
+import pytest
+
+from loadtests import compare, verdict
+from loadtests.answer import CUT, Answer, Objective
+from loadtests.compare import Comparison, Plan
+from loadtests.run import Run
+from loadtests.settings import Load
+from loadtests.statistics import figures
+from loadtests.threshold import SIDES, Thresholds
+from loadtests.watch import Client
+
+SLOW = pytest.mark.slow  # minutes of simulation
+FIRST, GAP = 0.2, 0.01
+OBJECTIVE = Objective(ttft=2.0, itl=0.2, goodput=0.9)
+LOAD = Load(scale=0.5, warmup=3, duration=18, cut=True)
+OVERHEAD = 4.0
+"""Seconds that a run takes beside what it sends: Locust starts, requests under way begin."""
+
+
+class Clock:
+    """Virtual time, in place of the module `time`."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+class Machine:
+    """Serves `slots` requests at once; its speed drifts, and is another in each run."""
+
+    def __init__(self, slots: int, clock: Clock, noise: float, drift: float, dice) -> None:
+        self.slots, self.clock, self.noise, self.drift, self.dice = slots, clock, noise, drift, dice
+
+    def run(self, url: str, load: Load, objective: Objective) -> Run:
+        slower = math.exp(self.dice.normal(0, self.noise) + self.drift * self.clock.now / 900)
+        workload = load.asks("m")
+        busy = workload.mean_answer * GAP * slower
+        free = [0.0] * self.slots
+        for place in range(min(self.slots, round(load.rate * busy))):
+            free[place] = float(self.dice.uniform(0, busy))
+        heapq.heapify(free)
+        end, answers = load.warmup + load.duration + objective.ttft, []
+        for number, (arrival, conversation) in enumerate(takewhile(lambda each: each[0] < end, load.sends(workload))):
+            tokens = conversation.turns[0].answer_tokens
+            start = max(arrival, heapq.heappop(free)) + FIRST * slower
+            heapq.heappush(free, start + tokens * GAP * slower)
+            times = tuple(time for time in start + np.arange(tokens) * GAP * slower if time < end)
+            done = len(times) == tokens
+            error, last = (None, times[-1]) if done else (CUT, end)
+            answers.append(
+                Answer("chat", str(number), arrival, arrival, last, times, 10, len(times), tokens, error=error)
+            )
+        self.clock.now += end + OVERHEAD
+        found = figures(answers, objective, load.warmup, load.warmup + load.duration, load.rate)
+        return Run(found, answers, load.warmup, Client((0, 0), (0, 0), 0.1))
+
+
+def compared(monkeypatch, slots, seed, noise=0.04, drift=0.1, minutes=15.0, arrival="constant"):
+    """A whole comparison; returns its results and the seconds that it would have taken."""
+    clock, dice = Clock(), np.random.default_rng(seed)
+    machines = dict(zip(SIDES, (Machine(each, clock, noise, drift, dice) for each in slots), strict=True))
+
+    def warm_up(url, load):
+        clock.now += load.warmup + load.duration + OVERHEAD
+        return float(np.exp(dice.normal(0, 0.4))) * machines[url].slots, GAP
+
+    class Pace:
+        def __init__(self, _):
+            self.token_seconds = GAP
+
+        def run(self, url, load, objective):
+            return machines[url].run(url, load, objective)
+
+    monkeypatch.setattr(compare, "time", clock)
+    monkeypatch.setattr(compare, "warm_up", warm_up)
+    monkeypatch.setattr(compare, "Pace", Pace)
+    monkeypatch.setattr(compare, "capacity_of", lambda url: math.nan)
+    monkeypatch.setattr(compare, "prefix_cache", lambda url: (math.nan, math.nan))
+    monkeypatch.setattr(Comparison, "_observed", lambda self, side: nullcontext(side))
+    load = Load(**vars(LOAD) | {"seed": seed, "arrival": arrival})
+    plan = Plan(("chat",), OBJECTIVE, load, minutes=minutes)
+    results = Comparison(plan, {}, dict.fromkeys(SIDES, "")).measure(lambda _: None, lambda _: None)
+    return results, clock.now
+
+
+@pytest.mark.parametrize(
+    ("arrival", "tries"),
+    [("constant", 20), pytest.param("constant", 200, marks=SLOW), pytest.param("poisson", 100, marks=SLOW)],
+)
+def test_equal_servers_are_no_difference_in_nineteen_of_twenty(monkeypatch, arrival, tries):
+    found = [compared(monkeypatch, (10, 10), seed, arrival=arrival) for seed in range(tries)]
+    same = ["no difference" in verdict.verdict(results, "chat") for results, _ in found]
+    assert np.mean(same) >= 0.95
+    assert max(seconds for _, seconds in found) <= 15 * 60
+
+
+@pytest.mark.parametrize("tries", [8, pytest.param(40, marks=SLOW)])
+@pytest.mark.parametrize(("slots", "gain"), [((10, 12), 1.2), ((10, 13), 1.3), ((10, 15), 1.5)])
+def test_planted_ratios_are_told_right_in_a_quarter_of_an_hour(monkeypatch, slots, gain, tries):
+    found = [compared(monkeypatch, slots, seed) for seed in range(tries)]
+    intervals = [results.gain["chat"] for results, _ in found]
+    assert np.mean([each.low <= gain <= each.high for each in intervals]) >= 0.85  # of eight, one may be outside
+    assert np.median([each.value for each in intervals]) == pytest.approx(gain, rel=0.05)
+    if gain >= 1.3:
+        assert np.mean(["B serves more" in verdict.verdict(results, "chat") for results, _ in found]) >= 0.85
+    else:  # a difference that is sure ends the search before
+        assert np.median([each.high / each.low for each in intervals]) <= 1.35
+    assert max(seconds for _, seconds in found) <= 15 * 60
+
+
+def test_a_time_that_is_over_ends_the_search_and_says_how_little_is_known(monkeypatch):
+    results, seconds = compared(monkeypatch, (10, 13), 0, minutes=6)
+    assert seconds <= 6 * 60
+    assert results.gain["chat"].high / results.gain["chat"].low > 1.3
+
+
+def searched(gain, seed, noise, pairs):
+    """The posterior by itself, of servers that serve up to a knee."""
+    dice, known = (
+        np.random.default_rng(seed),
+        Thresholds(float(np.exp(np.random.default_rng(seed).uniform(-1, 1))), seed),
+    )
+    for pair in range(pairs):
+        for side in SIDES if pair % 2 == 0 else SIDES[::-1]:
+            rate = known.next_rate(side)
+            known.add(side, rate, rate <= (gain if side == "B" else 1) * math.exp(dice.normal(0, noise)))
+    return known
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05])
+def test_intervals_have_the_ratio_in_them_and_narrow_with_runs(noise):
+    few, many = ([searched(1.4, seed, noise, pairs).ratio() for seed in range(12)] for pairs in (4, 12))
+    assert np.mean([each.low <= 1.4 <= each.high for each in few + many]) >= 0.9
+    widths = [np.median([each.high / each.low for each in found]) for found in (few, many)]
+    assert widths[1] < widths[0]
+    assert widths[1] < 1.35
+
+
+def test_nothing_is_concluded_from_few_runs():
+    known = searched(3.0, 0, 0.0, 3)
+    assert not known.enough(1e9)
+    assert known.ratio().low < known.ratio().value < known.ratio().high
+
+
+def test_a_guess_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="start 0"):
+        Thresholds(0)
