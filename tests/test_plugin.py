@@ -9,7 +9,10 @@ from vllm import ModelRegistry
 
 from model_executors.families import FAMILIES
 from model_executors.layers.decoder import AttentionPlanDecoder
+from tests.command import vllm_ext
 from vllm_ext import plugin, versions
+
+WRONG = "vllm is 0.31.1, and this release works with 0.32.0; install vllm==0.32.0"
 
 
 def test_registers_every_family_once_however_often_it_is_called():
@@ -54,9 +57,26 @@ def test_registers_nothing_where_it_cannot_work(monkeypatch):
     """Then vLLM refuses a planned checkpoint by its architecture, and still serves stock ones."""
     registered = []
     monkeypatch.setattr(ModelRegistry, "register_model", lambda *names: registered.append(names))
-    monkeypatch.setattr(versions, "version", lambda _name: "0.31.1")
+    monkeypatch.setattr(versions, "vllm_distribution", lambda: ("vllm", "0.31.1"))
+    told = []
+    monkeypatch.setattr(plugin.logger, "error", lambda line, problem: told.append(line % problem))
     plugin.register()
     assert registered == []
+    assert told == [f"vllm-ext registers nothing: {WRONG}"]
+
+
+@pytest.mark.parametrize("command", [["plan"], ["serve"]], ids=min)
+def test_commands_say_in_one_line_which_version_to_install(tiny_models, tmp_path, monkeypatch, command):
+    """A plan is written all the same, for a machine where it can be served."""
+    monkeypatch.setattr(versions, "vllm_distribution", lambda: ("vllm", "0.31.1"))
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    options = ["--skip", "5", *(["--out", tmp_path / "out"] if command == ["plan"] else [])]
+    done = vllm_ext(*command, tiny_models("Llama"), *options)
+    if command == ["serve"]:
+        assert (done.returncode, done.stderr) == (2, f"error: {WRONG}\n")
+    else:
+        assert (done.returncode, done.stderr.strip()) == (0, f"warning: the plan cannot be served here: {WRONG}")
+        assert (tmp_path / "out" / "config.json").exists()
 
 
 def test_says_so_where_there_is_no_vllm(monkeypatch):

@@ -10,6 +10,7 @@ import typer
 from model_executors.attention_plan import Consolidation
 from vllm_ext.cli.options import Data, Model, Skip, errors
 from vllm_ext.errors import UsageError
+from vllm_ext.versions import vllm_problem
 
 app = typer.Typer()
 
@@ -62,6 +63,7 @@ def plan(
     check_out(out)
     checkpoint = Checkpoint.open(model, weights=True)
     planned = checkpoint.planned(layer_plans(skip, window, freeze, consolidation, rank))
+    _warn_of_vllm()
     _end_cleanly()
     write_plan(checkpoint, planned, out, Calibration(text, tokens, length, seed))
     print(out)
@@ -126,11 +128,18 @@ def choose(
     goal = Goal(0.02 if max_loss is kv_saving is None else max_loss, kv_saving)
     out = out.expanduser()
     check_out(out)
+    _warn_of_vllm()
     _end_cleanly()
     taken = run(Checkpoint.open(model, weights=True), front, goal, out)
     saved, kept = 100 * taken.kv_saved, 100 * taken.kept
     errors.print(f"{format_options(taken.changes)}: {saved:.0f}% of the KV cache saved, {kept:.1f}% of the score kept")
     print(out)
+
+
+def _warn_of_vllm() -> None:
+    """A plan is written without vLLM, and served by one version of it."""
+    if problem := vllm_problem():
+        errors.print(f"warning: the plan cannot be served here: {problem}", markup=False, style="yellow")
 
 
 def _end_cleanly() -> None:
