@@ -1,21 +1,23 @@
-"""`vllm-ext bench-grow`: the pictures it draws, and what it refuses."""
+"""How cost grows: the pictures it draws, and what it refuses."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
 
 from model_executors.attention_plan import LayerPlan
 from tests.fitted import write_random
-from tests.test_bench import run
-from vllm_ext.cli.bench import app
-from vllm_ext.errors import UsageError
+from vllm_ext.bench.grow import main
+from vllm_ext.errors import run_tool
 
 EAGER = ("--enforce-eager", "--dtype", "float32")
 
 
 def grow(*arguments):
-    return run(*arguments, command="bench-grow")
+    command = [sys.executable, "-m", "vllm_ext.bench.grow", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
 
 def drawn(done, out):
@@ -24,7 +26,7 @@ def drawn(done, out):
     with Image.open(out) as picture:
         assert picture.format == "PNG"
         assert min(picture.size) > 200
-        assert picture.text["Description"].startswith("vllm-ext bench-grow ")
+        assert picture.text["Description"].startswith("python -m vllm_ext.bench.grow ")
     assert out.stat().st_size < 200_000
     path, figures = done.stdout.splitlines()[-2:]
     assert path == str(out)
@@ -66,7 +68,7 @@ def test_vocabulary(tmp_path):
     assert found["ideal"]["stock"][1] == pytest.approx(2 * found["ideal"]["stock"][0])
 
 
-def test_refuses_what_cannot_be_drawn(tiny_models, tmp_path, monkeypatch):
+def test_refuses_what_cannot_be_drawn(tiny_models, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("signal.signal", lambda *_: None)  # the commands run in this process
     llama, out = tiny_models("Llama"), tmp_path / "picture.png"
     for arguments, told in (
@@ -76,7 +78,8 @@ def test_refuses_what_cannot_be_drawn(tiny_models, tmp_path, monkeypatch):
         (("skipped", "--model", llama, "--out", out, "--point", 6), "the model has 6 layers and one must attend"),
         (("context", "--model", llama, "--planned", llama, "--out", out, "--point", 0), "--point 0: context cannot be"),
     ):
-        with pytest.raises(UsageError) as refused:
-            app(["bench-grow", *map(str, arguments)])
-        assert told in str(refused.value)
+        monkeypatch.setattr("sys.argv", ["grow", *map(str, arguments)])
+        with pytest.raises(SystemExit, match="2"):
+            run_tool(main, allow_extra_args=True, ignore_unknown_options=True)
+        assert told in capsys.readouterr().err
         assert not out.exists()

@@ -1,16 +1,21 @@
-"""`vllm-ext bench-grow`: how cost grows with skipped layers, context, streams or vocabulary, as a picture.
+"""How cost grows with skipped layers, context, streams or vocabulary, as a picture: `python -m vllm_ext.bench.grow`.
 
 Each point of `skipped` is an engine of its own; `context` and `streams` are one pair of engines; `vocabulary` times the
 heads by themselves, in this process.
 """
 
+import json
 import shlex
+import signal
 import statistics
+import sys
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import typer
 
 from model_executors.attention_plan import LayerPlan
 from vllm_ext.bench import machine
@@ -19,7 +24,8 @@ from vllm_ext.bench.run import Round, Settings, rounds
 from vllm_ext.bench.work import Work
 from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.costs import parts
-from vllm_ext.errors import UsageError
+from vllm_ext.embedded.model import fetch, fetch_planned
+from vllm_ext.errors import UsageError, run_tool
 
 Dimension = Literal["skipped", "context", "streams", "vocabulary"]
 POINTS: dict[Dimension, tuple[int, ...]] = {
@@ -161,3 +167,40 @@ def draw(found: Sweep, out: Path, command: Sequence[str]) -> None:
     figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.savefig(out, dpi=90, metadata={"Description": drawn_by})
     plt.close(figure)
+
+
+def main(
+    context: typer.Context,
+    dimension: Annotated[Dimension, typer.Argument(help="What grows.")],
+    out: Annotated[Path, typer.Option(help="The picture to write, a .png.")],
+    model: Annotated[str | None, typer.Option(help="A checkpoint's folder; by default the embedded model.")] = None,
+    planned: Annotated[
+        str | None, typer.Option(help="For context and streams: the planned checkpoint; by default the embedded one.")
+    ] = None,
+    point: Annotated[
+        list[int] | None, typer.Option(help="A point to measure, may be given several times; by default a few.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each engine is started; the median is drawn.")] = 1,
+    interleaved: Annotated[bool, typer.Option("--interleaved", help="Engines take turns step by step.")] = False,
+) -> None:
+    """Draw how cost grows with skipped layers, context, streams or vocabulary, beside the roofline's ideal.
+
+    In one round single points are noisy. `vocabulary` times heads and no engine, so rounds mean nothing to it. The last
+    line of the output is JSON. Options of `vllm serve` go to all engines.
+    """
+    if out.suffix != ".png" or not out.parent.is_dir():
+        raise UsageError(f"--out {out}: give a .png in a folder that exists")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    used = planned or (str(fetch_planned()) if model is None else None)
+    if used is None and dimension in ("context", "streams"):
+        raise UsageError("--planned is missing: give a planned checkpoint of that model to measure beside it")
+    described = Path(used).name if planned and used else "planned"
+    chosen = model or str(fetch())
+    found = sweep(dimension, tuple(point or ()), chosen, used, context.args, rounds, interleaved, described)
+    draw(found, out, ["python", "-m", "vllm_ext.bench.grow", *sys.argv[1:]])
+    print(out)
+    print(json.dumps(asdict(found)))
+
+
+if __name__ == "__main__":
+    run_tool(main, allow_extra_args=True, ignore_unknown_options=True)

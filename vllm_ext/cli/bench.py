@@ -1,12 +1,10 @@
-"""`vllm-ext bench` and `vllm-ext bench-grow`."""
+"""`vllm-ext bench`."""
 
-import json
 import signal
 import sys
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -107,40 +105,3 @@ def bench(
             assert model is not None
             pair = Pair.of(model, changes, planned, head, agreement, described=described, vllm_args=args)
         run(pair, settings, args, json_file)
-
-
-@app.command("bench-grow", context_settings=VLLM_OPTIONS)
-def bench_grow(
-    context: typer.Context,
-    dimension: Annotated[Literal["skipped", "context", "streams", "vocabulary"], typer.Argument(help="What grows.")],
-    out: Annotated[Path, typer.Option(help="The picture to write, a .png.")],
-    model: Annotated[str | None, typer.Option(help="A checkpoint's folder; by default the embedded model.")] = None,
-    planned: Annotated[
-        str | None, typer.Option(help="For context and streams: the planned checkpoint; by default the embedded one.")
-    ] = None,
-    point: Annotated[
-        list[int] | None, typer.Option(help="A point to measure, may be given several times; by default a few.")
-    ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="How often each engine is started; the median is drawn.")] = 1,
-    interleaved: Interleaved = False,
-) -> None:
-    """Draw how cost grows with skipped layers, context, streams or vocabulary, beside the roofline's ideal.
-
-    In one round single points are noisy. `vocabulary` times heads and no engine, so rounds mean nothing to it. The last
-    line of the output is JSON.
-    """
-    from vllm_ext.bench.grow import draw, sweep
-    from vllm_ext.embedded.model import fetch, fetch_planned
-
-    if out.suffix != ".png" or not out.parent.is_dir():
-        raise UsageError(f"--out {out}: give a .png in a folder that exists")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    used = planned or (str(fetch_planned()) if model is None else None)
-    if used is None and dimension in ("context", "streams"):
-        raise UsageError("--planned is missing: give a planned checkpoint of that model to measure beside it")
-    described = Path(used).name if planned and used else "planned"
-    chosen = model or str(fetch())
-    found = sweep(dimension, tuple(point or ()), chosen, used, context.args, rounds, interleaved, described)
-    draw(found, out, ["vllm-ext", *sys.argv[1:]])
-    print(out)
-    print(json.dumps(asdict(found)))

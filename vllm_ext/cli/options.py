@@ -16,6 +16,9 @@ Data = Annotated[
     list[str] | None,
     typer.Option(help="A file with a task of your own: SQuAD, CNN/DailyMail, or JSON lines with prompt and answer."),
 ]
+Window = Annotated[
+    str | None, typer.Option(help="Layers to attend to their first and last tokens: 15-24:128, or 15-24:128+8.")
+]
 Freeze = Annotated[str | None, typer.Option(help="Layers that prompt tokens end below: 20-29.")]
 Head = Annotated[
     Literal["stock", "character", "rescored", "screened"] | None,

@@ -1,0 +1,49 @@
+"""`vllm-ext quality`."""
+
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vllm_ext.cli.options import VLLM_OPTIONS, Freeze, Head, Model, Skip, Window
+
+app = typer.Typer()
+
+
+@app.command("quality", context_settings=VLLM_OPTIONS)
+def quality(
+    context: typer.Context,
+    model: Model,
+    planned: Annotated[list[str] | None, typer.Option(help="A planned checkpoint; may be given several times.")] = None,
+    skip: Skip = None,
+    window: Window = None,
+    freeze: Freeze = None,
+    head: Head = None,
+    agreement: Annotated[
+        list[float] | None,
+        typer.Option(help="Of planned checkpoints with character heads: agreements to serve each at, one by one."),
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file too.")] = None,
+    length: Annotated[
+        list[int] | None,
+        typer.Option(help="Tokens of a passage of prose; may be given several times; by default 512 and 2048."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of held-out prose, for each length.")] = 32768,
+    items: Annotated[int, typer.Option(help="How many capitals, and how many sums.")] = 100,
+    seed: Annotated[int, typer.Option(help="For which passages, capitals and sums those are.")] = 0,
+) -> None:
+    """Measure what plans cost, beside the stock MODEL: prose, capitals, sums; options of `vllm serve` go to all."""
+    from vllm_ext.layers import layer_plans
+    from vllm_ext.quality.command import candidates
+    from vllm_ext.quality.command import quality as run
+    from vllm_ext.quality.work import Settings
+
+    settings = Settings(tuple(length or Settings.lengths), tokens, items, seed)
+    changes = None if skip is window is freeze is None else layer_plans(skip, window, freeze)
+    given = {"skip": skip, "window": window, "freeze": freeze, "head": head}
+    overlaid = ", ".join(f"{option} {value}" for option, value in given.items() if value is not None)
+    beside = candidates(model, planned or (), changes, head, agreement or (), overlaid=overlaid, vllm_args=context.args)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the engines it started end with it
+    run(model, beside, settings, context.args, json_file)
