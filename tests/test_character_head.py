@@ -4,10 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from model_executors.heads.character_head import PAD, CharacterHead, gathered_sums, slots_of, with_exact
-from model_executors.heads.fallback_head import fall_back_by_choice, fall_back_by_row
-from model_executors.heads.head_metrics import _DeviceCount
+from model_executors.heads.fallback_head import FallbackHead, fall_back_by_choice, fall_back_by_row
+from model_executors.heads.head_metrics import HeadMetrics, _DeviceCount
 from model_executors.heads.head_plan import HeadShape
 from tests.character_heads import PLACES, character_logprobs, random_spellings, random_tensors, rescored_row
 
@@ -144,3 +145,24 @@ def test_rows_are_counted_on_the_device():
     count = _DeviceCount(torch.device("cpu"))
     masks = [torch.rand(9) < 0.5 for _ in range(5)]
     assert [count.add(mask) for mask in masks] == [int(mask.sum()) for mask in masks]
+
+
+@pytest.mark.parametrize("rescored", [False, True])
+@pytest.mark.parametrize("threshold", [0.0, 0.3])
+def test_on_a_gpu_the_host_waits_for_nothing(rescored, threshold):
+    """On torch's meta device, which has shapes and no data: whatever would read data on the host raises there."""
+    head, _ = head_of(random_spellings(50), width=8)
+    served = FallbackHead.__new__(FallbackHead)
+    nn.Module.__init__(served)
+    served.heads, served.threshold, served.shortlist, served.metrics = (
+        head.to("meta"),
+        threshold,
+        8,
+        HeadMetrics("tiny"),
+    )
+    served.exact = (lambda _states, tokens: torch.empty(tokens.shape, device="meta")) if rescored else None
+    states = torch.empty(3, HIDDEN, device="meta")
+    scores = served(states, lambda rows: torch.empty(len(rows), 50, device="meta"))
+    assert scores.shape == (3, 50)
+    with pytest.raises(RuntimeError, match="meta"):  # as the way for CPUs would
+        fall_back_by_row(scores, states, torch.empty(3, dtype=torch.bool, device="meta"), lambda rows: rows)

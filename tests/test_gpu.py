@@ -13,10 +13,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from model_executors.attention_plan import LayerPlan
+from model_executors.heads.character_head import CharacterHead, slots_of
+from model_executors.heads.exact_rows import exact_scores
+from model_executors.heads.fallback_head import FallbackHead
+from model_executors.heads.head_metrics import HeadMetrics
+from model_executors.heads.head_plan import HeadShape
 from tests.answers import Answer
-from tests.character_heads import CharacterReference, write_with_heads
+from tests.character_heads import PLACES, CharacterReference, random_spellings, random_tensors, write_with_heads
 from tests.fitted import write_random
 from tests.reference import Reference
 from tests.side_by_side import Ask, Done, Job, run
@@ -216,3 +222,44 @@ def test_seeds_draw_the_same(engines):
         _, _, first, again = engines.done(case).answers
         assert [each.tokens for each in first] == [each.tokens for each in again]
         assert len({tuple(each.tokens) for each in first}) > 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("rows", [1, 7])
+@torch.no_grad()
+def test_a_graph_captures_the_heads_and_replays_them(rows, compiled):
+    """With rows that fall back; beside the same head on the CPU."""
+    spellings, slots = slots_of(random_spellings(300), PLACES)
+    shape = HeadShape(64, 300, slots, 24)
+    tensors, weight = random_tensors(shape, spellings), torch.randn(300, 64)
+
+    def served_on(device):
+        head = CharacterHead(shape, torch.float32, device)
+        for name, parameter in head.named_parameters():
+            parameter.data.copy_(tensors[name])
+        served = FallbackHead.__new__(FallbackHead)
+        nn.Module.__init__(served)
+        served.heads, served.threshold, served.shortlist, served.metrics = head, 0.85, 24, HeadMetrics("tiny")
+        rows_of = weight.to(device)
+        served.exact = lambda states, chosen: exact_scores(states, rows_of, chosen)
+        served.compiles = compiled and device == "cuda"
+        served.loaded()
+        return lambda states: served(states, lambda each: each @ rows_of.T)
+
+    on_cpu, on_gpu = served_on("cpu"), served_on("cuda")
+    states = torch.zeros(rows, 64, device="cuda")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            on_gpu(states)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        scores = on_gpu(states)
+    for _ in range(3):
+        given = torch.randn(rows, 64)
+        states.copy_(given)
+        graph.replay()
+        torch.testing.assert_close(scores.cpu(), on_cpu(given), atol=1e-3, rtol=1e-3)

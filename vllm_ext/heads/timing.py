@@ -26,6 +26,7 @@ from vllm_ext.progress import progress
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 ROUNDS, WARM_UP = 40, 3
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def heads_of(
@@ -35,28 +36,31 @@ def heads_of(
     width: int,
     dtype: torch.dtype = torch.bfloat16,
 ) -> dict[str, Head]:
-    """A stock head, and those in its place, for a vocabulary that is spelled so."""
+    """A stock head, and those in its place, for a vocabulary that is spelled so; on the GPU where there is one."""
     found, slots = slots_of(spellings, places)
-    weight = torch.randn(len(spellings), hidden_size).to(dtype)
-    character = CharacterHead(HeadShape(hidden_size, len(spellings), slots, width), dtype)
+    weight = torch.randn(len(spellings), hidden_size).to(DEVICE, dtype)
+    character = CharacterHead(HeadShape(hidden_size, len(spellings), slots, width), dtype, DEVICE)
     for name, parameter in character.named_parameters():
         parameter.data.copy_(found if name == "spellings" else torch.randn(parameter.shape) / 8)
     character.prepare()
-    if openmp.preloaded():
+    if DEVICE == "cuda" or openmp.preloaded():
         character.spelling.compile_sums()
-    copy, shortlist = Int4Copy(weight), HeadPlan.shortlist
+    shortlist = HeadPlan.shortlist
 
     def spelled_and_rescored(states: torch.Tensor) -> torch.Tensor:
         scores = character(states)
         rescore(scores, shortlist, partial(exact_scores, states, weight))
         return scores
 
-    return {
+    heads: dict[str, Head] = {
         "stock": lambda states: nn.functional.linear(states, weight),
         "character": character,
         "rescored": spelled_and_rescored,
-        "screened": lambda states: screened_scores(copy(states), states, weight, shortlist),
     }
+    if DEVICE == "cpu":
+        copy = Int4Copy(weight)
+        heads["screened"] = lambda states: screened_scores(copy(states), states, weight, shortlist)
+    return heads
 
 
 def random_spellings(tokens: int, places: int) -> list[tuple[int, ...]]:
@@ -78,12 +82,14 @@ def measure(
     medians: dict[str, list[float]] = {name: [] for name in heads}
     with progress() as bars:
         for number in bars.track(rows, description="timing"):
-            states = torch.randn(number, hidden_size).to(dtype)
+            states = torch.randn(number, hidden_size).to(DEVICE, dtype)
             taken: dict[str, list[float]] = {name: [] for name in heads}
             for _ in range(WARM_UP + ROUNDS):
                 for name, head in heads.items():
                     start = time.perf_counter()
                     head(states)
+                    if DEVICE == "cuda":
+                        torch.cuda.synchronize()
                     taken[name].append(1e3 * (time.perf_counter() - start))
             for name, times in taken.items():
                 medians[name].append(statistics.median(times[WARM_UP:]))
