@@ -3,7 +3,7 @@
 *Attend First, Consolidate Later* (arXiv 2409.03621, section 5) shows that attention to earlier tokens hardly matters in
 a decoder's upper layers. A plan gives every layer one of four kinds: `full`, `window`, `freeze` or `skip`; the last two
 are the paper's words. It travels in the model's configuration, under the key `vllm_ext`, with one entry a layer:
-`{"attention_plan": ["full", {"kind": "window", "window": 128}, ..., {"kind": "skip", "consolidation": "linear"}]}`.
+`{"attention_plan": ["full", {"kind": "window", "window": 128, "sink": 4}, ..., {"kind": "skip"}]}`.
 """
 
 from collections.abc import Mapping
@@ -78,20 +78,25 @@ class LayerPlan:
         """
         settings = {"kind": entry} if isinstance(entry, str) else entry
         if not isinstance(settings, dict) or not settings.keys() <= cls.__dataclass_fields__.keys():
-            raise ValueError(f"{entry!r} is no layer's plan; use a kind, or {{'kind': ..., 'window': ...}}")
+            raise ValueError(
+                f"{entry!r} is no layer's plan; use a kind, or {{'kind': ..., 'window': ..., 'sink': ...}}"
+            )
+        if "window" in settings and "sink" not in settings:
+            raise ValueError(
+                f"{entry!r} has a window without a sink, which older versions fitted; write the checkpoint anew from "
+                "the stock one with vllm-ext plan"
+            )
         return cls(**settings)
 
     def to_config(self) -> str | dict[str, Any]:
         """The shortest entry that `from_config` reads back."""
         settings = {name: value for name, value in asdict(self).items() if value != getattr(LayerPlan, name)}
-        if self.sink == SINK:
-            del settings["sink"]
         return self.kind if settings.keys() <= {"kind"} else {"kind": self.kind} | settings
 
     @property
     def fitted(self) -> bool:
         """Whether it needs tensors that are fitted on calibration text."""
-        return self.window is not None or self.consolidation != "none"
+        return self.consolidation != "none"
 
 
 FULL = LayerPlan()
@@ -188,6 +193,11 @@ class AttentionPlan:
         return [layer for layer, plan in enumerate(self.layers) if plan.fitted]
 
     @property
+    def windowed(self) -> list[int]:
+        """The layers that keep a sink and a window only."""
+        return [layer for layer, plan in enumerate(self.layers) if plan.window is not None]
+
+    @property
     def first_frozen(self) -> int:
         """The lowest frozen layer, whose entering state is frozen. None frozen: the number of layers."""
         return next((layer for layer, plan in enumerate(self.layers) if plan.kind == "freeze"), len(self.layers))
@@ -210,8 +220,6 @@ class AttentionPlan:
 
 def tensors_of(plan: LayerPlan) -> tuple[str, ...]:
     """Which fitted tensors a layer has; `tensor_name` tells their shapes."""
-    if plan.window is not None:
-        return ("sink_logit", "sink_value")
     if plan.consolidation == "none":
         return ()
     if plan.consolidation == "bias":
@@ -222,8 +230,7 @@ def tensors_of(plan: LayerPlan) -> tuple[str, ...]:
 def tensor_name(layer: int, name: str) -> str:
     """What the fitted tensor of a layer is called in a checkpoint.
 
-    `sink_logit` `[num_heads]` and `sink_value` `[num_kv_heads, head_size]` of a window; `bias` `[hidden_size]` of every
-    consolidation, and of a linear one `weight` `[hidden_size, hidden_size]`, or `down` `[rank, hidden_size]` and `up`
-    `[hidden_size, rank]`.
+    `bias` `[hidden_size]` of every consolidation, and of a linear one `weight` `[hidden_size, hidden_size]`, or `down`
+    `[rank, hidden_size]` and `up` `[hidden_size, rank]`.
     """
     return f"{CONFIG_KEY}.layers.{layer}.{name}"

@@ -18,6 +18,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from model_executors.attention_plan import AttentionPlan, LayerPlan
 from model_executors.families import own_window
+from model_executors.hooks.kv_cache import SinkWindowSpec
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,10 @@ def _spec(vllm_config: VllmConfig, layer: int, plan: LayerPlan) -> KVCacheSpec:
         "dtype": cache_dtype(vllm_config),
     }
     window = plan.window or own_window(config.hf_config, layer)
-    return FullAttentionSpec(**common) if window is None else SlidingWindowSpec(**common, sliding_window=window)
+    if window is None:
+        return FullAttentionSpec(**common)
+    sliding = SlidingWindowSpec(**common, sliding_window=window)
+    return sliding if plan.sink is None else SinkWindowSpec.of(sliding, plan.sink, vllm_config)
 
 
 def cache_dtype(vllm_config: VllmConfig) -> torch.dtype:

@@ -55,7 +55,8 @@ def engine(folder: Path, changes: Mapping[int, LayerPlan] | None = None, **setti
     """
     if changes is not None:
         checkpoint = Checkpoint.open(str(folder), weights=False)
-        settings["hf_overrides"] = checkpoint.overrides(checkpoint.planned(changes))
+        overrides = checkpoint.overrides(checkpoint.planned(changes))
+        settings["hf_overrides"] = settings.get("hf_overrides", {}) | overrides
     settings = DEFAULTS | settings
     environment = [os.environ.get(name) for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CPU_OMP_THREADS_BIND")]
     started_with = json.dumps([str(folder), settings, environment], sort_keys=True, default=repr)

@@ -13,8 +13,7 @@ def write_random(stock: Path, out: Path, changes: Mapping[int, LayerPlan]) -> Pa
     """Write the plan over the checkpoint `stock`; the same tensors every time."""
     source = Checkpoint.open(str(stock), weights=True)
     config = source.config
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    kv_heads, head_size = config["num_key_value_heads"], config["head_dim"]
+    hidden = config["hidden_size"]
     chosen = torch.Generator().manual_seed(0)
 
     def random(*shape: int, scale: float) -> torch.Tensor:
@@ -23,8 +22,6 @@ def write_random(stock: Path, out: Path, changes: Mapping[int, LayerPlan]) -> Pa
     tensors = {}
     for layer, plan in changes.items():
         made = {}
-        if plan.window is not None:
-            made |= {"sink_logit": random(heads, scale=2), "sink_value": random(kv_heads, head_size, scale=1)}
         if plan.consolidation != "none":
             made["bias"] = random(hidden, scale=0.5)
         if plan.consolidation == "linear" and plan.rank is None:
@@ -32,5 +29,5 @@ def write_random(stock: Path, out: Path, changes: Mapping[int, LayerPlan]) -> Pa
         elif plan.consolidation == "linear":
             made |= {"down": random(plan.rank, hidden, scale=0.1), "up": random(hidden, plan.rank, scale=0.3)}
         tensors |= {tensor_name(layer, name): tensor for name, tensor in made.items()}
-    write_planned(source, source.planned(changes), out, Fit(tensors, {"text": "random"}))
+    write_planned(source, source.planned(changes), out, Fit(tensors, {"text": "random"}) if tensors else None)
     return out

@@ -67,16 +67,11 @@ class Reference:
             scores = (scores / softcap).tanh() * softcap
         if attention_mask is not None:
             scores = scores + attention_mask
-        window = self.changes.get(module.layer_idx, FULL).window
-        if window is None:
-            return (scores.softmax(-1) @ value).transpose(1, 2), None
-        behind = torch.arange(tokens)[:, None] - torch.arange(tokens)[None, :]
-        scores = scores.masked_fill(behind >= window, -torch.inf)
-        sink = self.tensor(module.layer_idx, "sink_logit")[None, :, None, None].expand(1, heads, tokens, 1)
-        weights = torch.cat([scores, sink], -1).softmax(-1)
-        sink_value = self.tensor(module.layer_idx, "sink_value")
-        sink_value = sink_value.repeat_interleave(heads // sink_value.shape[0], 0)[None, :, None, :]
-        return (weights[..., :-1] @ value + weights[..., -1:] * sink_value).transpose(1, 2), None
+        plan = self.changes.get(module.layer_idx, FULL)
+        if plan.window is not None:
+            for token in range(tokens):
+                scores[:, :, token, plan.sink : max(plan.sink, token - plan.window + 1)] = -torch.inf
+        return (scores.softmax(-1) @ value).transpose(1, 2), None
 
     @torch.no_grad()
     def answer(self, prompt: list[int], max_tokens: int) -> Answer:

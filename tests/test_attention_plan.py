@@ -16,7 +16,8 @@ def test_says_which_layers_are_of_which_kind():
     assert plan.layers == (FULL, window, FULL, FREEZE, SKIP, linear)
     assert plan.attending == [0, 1, 2, 3]
     assert plan.skipped == [4, 5]
-    assert plan.fitted == [1, 5]
+    assert plan.fitted == [5]
+    assert plan.windowed == [1]
     assert plan.first_frozen == 3
     assert skipping([3]).first_frozen == 4
 
@@ -46,7 +47,7 @@ def test_survives_the_configuration(changes):
 def test_the_configuration_says_no_more_than_it_must():
     plan = AttentionPlan.of(4, {1: LayerPlan("window", window=16), 2: LayerPlan("window", window=16, sink=8), 3: SKIP})
     other = {"kind": "window", "window": 16, "sink": 8}
-    assert plan.to_config() == {"attention_plan": ["full", {"kind": "window", "window": 16}, other, "skip"]}
+    assert plan.to_config() == {"attention_plan": ["full", other | {"sink": 4}, other, "skip"]}
     assert plan.layers[1].sink == 4
 
 
@@ -55,13 +56,13 @@ def test_the_configuration_says_no_more_than_it_must():
     [
         ({"kind": "lazy"}, "kind is 'lazy'; use one of full, window, freeze, skip"),
         ({"kind": "window"}, "a window layer has no window"),
-        ({"kind": "full", "window": 16}, "a full layer has window 16"),
+        ({"kind": "full", "window": 16, "sink": 4}, "a full layer has window 16"),
         ({"kind": "full", "sink": 4}, "a full layer has sink 4 and no window"),
         ({"kind": "window", "window": 16, "sink": 0}, "sink is 0; it must be a positive whole number"),
         ({"kind": "window", "window": 16, "sink": 17}, "sink is 17; a block of the KV cache holds it"),
-        ({"kind": "window", "window": 0}, "window is 0; it must be a positive whole number"),
-        ({"kind": "window", "window": 16.0}, "window is 16.0; it must be a positive whole number"),
-        ({"kind": "window", "window": True}, "window is True; it must be a positive whole number"),
+        ({"kind": "window", "window": 0, "sink": 4}, "window is 0; it must be a positive whole number"),
+        ({"kind": "window", "window": 16.0, "sink": 4}, "window is 16.0; it must be a positive whole number"),
+        ({"kind": "window", "window": True, "sink": 4}, "window is True; it must be a positive whole number"),
         ({"kind": "skip", "consolidation": "cubic"}, "consolidation is 'cubic'; use one of none, bias, linear"),
         ({"kind": "full", "consolidation": "bias"}, "a full layer has consolidation bias"),
         ({"kind": "skip", "consolidation": "bias", "rank": 8}, "rank is 8 with consolidation bias"),

@@ -140,7 +140,7 @@ def test_refuses_what_cannot_be_measured(tiny_models, tmp_path, monkeypatch):
     assert done.stderr.startswith("error: --shape gpt: no such shape; use one of llama-3.1-8b, ")
     assert done.stdout == ""
     for arguments, told in (
-        ((llama,), "bench needs either --planned, or some of --skip, --freeze and --head"),
+        ((llama,), "bench needs either --planned, or some of --skip, --window, --freeze and --head"),
         (("--skip", "5"), "bench needs either a MODEL or a --shape"),
         (("--shape", "qwen2.5-0.5b", "--skip", "99"), "layer 99 does not exist"),
         (("--shape", "qwen2.5-0.5b", "--planned", llama), "it is for a checkpoint, and a --shape is of random weights"),
@@ -148,7 +148,7 @@ def test_refuses_what_cannot_be_measured(tiny_models, tmp_path, monkeypatch):
             ("--shape", "qwen2.5-0.5b", "--head", "character", "--agreement", "0.98"),
             "--agreement 0.98: it is for a check",
         ),
-        ((llama, "--window", "5:16"), "--window 5:16: it needs fitted tensors"),
+        ((llama, "--skip", "5", "--consolidation", "bias"), "--consolidation bias: it needs fitted tensors"),
         ((llama, "--skip", "5", "--work", "prefill:512"), "grow to 513 tokens, and the model takes 512; choose less"),
         ((llama, "--skip", "5", "--work", "walk:3"), "--work walk:3: write it as prefill:1024"),
         ((llama, "--skip", "5", "--json", tmp_path / "no" / "file"), "no such folder"),

@@ -27,10 +27,6 @@ def made_up_fit():
     """What `CHANGES` needs on the tiny Llama."""
     generator = torch.Generator().manual_seed(0)
     shapes = {
-        "1.sink_logit": (4,),
-        "1.sink_value": (2, 32),
-        "2.sink_logit": (4,),
-        "2.sink_value": (2, 32),
         "4.down": (8, 128),
         "4.up": (128, 8),
         "4.bias": (128,),
@@ -137,15 +133,13 @@ def test_refuses_a_planned_checkpoint_without_its_fitted_tensors(llama, tmp_path
     source = opened(llama)
     write_planned(source, source.planned(CHANGES), tmp_path / "out", made_up_fit())
     (tmp_path / "out" / FITTED).unlink()
-    with pytest.raises(UsageError, match=r"no tensor vllm_ext\.layers\.1\.sink_logit, which its plan needs; write it"):
+    with pytest.raises(UsageError, match=r"no tensor vllm_ext\.layers\.4\.down, which its plan needs; write it"):
         opened(tmp_path / "out").check_weights()
 
 
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
-        ("1.sink_logit", (2,), r"1\.sink_logit is \[2\], but the plan needs \[4\]"),
-        ("2.sink_value", (2, 64), r"2\.sink_value is \[2, 64\], but the plan needs \[2, 32\]"),
         ("4.up", (128, 16), r"4\.up is \[128, 16\], but the plan needs \[128, 8\]"),
         ("5.bias", (1, 128), r"5\.bias is \[1, 128\], but the plan needs \[128\]"),
     ],
@@ -161,9 +155,24 @@ def test_refuses_fitted_tensors_of_another_shape(llama, tmp_path, name, shape, m
 
 def test_what_must_be_fitted_cannot_be_laid_over_a_stock_checkpoint(llama):
     source = opened(llama)
-    assert source.overrides(source.planned({5: SKIP}))["architectures"] == ["AttentionPlanLlamaForCausalLM"]
-    with pytest.raises(UsageError, match="layer 1 needs tensors fitted on text; write a checkpoint with vllm-ext plan"):
+    windowed = source.planned({1: CHANGES[1], 4: CHANGES[2], 5: SKIP})
+    assert source.overrides(windowed)["architectures"] == ["AttentionPlanLlamaForCausalLM"]
+    with pytest.raises(UsageError, match="layer 4 needs tensors fitted on text; write a checkpoint with vllm-ext plan"):
         source.overrides(source.planned(CHANGES))
+
+
+def test_refuses_a_plan_whose_sinks_were_fitted(llama):
+    """By an older version, which wrote none of the windows' first tokens down."""
+    entries = ["full"] * 5 + [{"kind": "window", "window": 16}]
+    change_config(llama, architectures=["AttentionPlanLlamaForCausalLM"], vllm_ext={"attention_plan": entries})
+    with pytest.raises(UsageError, match=r"\[5\].* has a window without a sink, .*; write the checkpoint anew from"):
+        opened(llama).plan  # noqa: B018
+
+
+def test_refuses_a_window_where_the_model_has_one(tiny_models, tmp_path):
+    source = opened(tiny_models("Gemma3"))
+    with pytest.raises(UsageError, match="window 16 on layer 2: the model gives that layer a sliding window of 16 alr"):
+        write_planned(source, source.planned({2: CHANGES[1]}), tmp_path / "out")
 
 
 def test_a_stock_checkpoint_has_no_plan(llama):

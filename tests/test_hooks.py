@@ -44,7 +44,7 @@ def v2_validator(*fqcns):
 def test_every_name_is_in_the_table_and_resolves():
     table = {name: value for name, value in vars(names).items() if name.isupper()}
     assert {family.module for family in FAMILIES.values()} == {table.pop("DECODER"), table.pop("TRANSFORMERS_DECODER")}
-    assert resolve_obj_by_qualname(table.pop("SCHEDULER")) is scheduler.prompt_boundary_scheduler
+    assert resolve_obj_by_qualname(table.pop("SCHEDULER")) is scheduler.planned_scheduler
     for value in table.values():
         module, _, attribute = value.partition(":")
         assert v1_classes(value) == [getattr(import_module(module), attribute)]
@@ -100,8 +100,8 @@ def test_each_runner_gets_what_it_knows(tiny_models, monkeypatch, v2_runner, spe
     assert config.cache_config.kv_sharing_fast_prefill is not refuses
 
 
-@pytest.mark.parametrize("mixed", [scheduler._PromptBoundaryScheduler, scheduler._PromptBoundaryAsyncScheduler])
-def test_the_scheduler_is_vllms_with_one_method_more(mixed):
+@pytest.mark.parametrize("mixed", [scheduler._PlannedScheduler, scheduler._PlannedAsyncScheduler])
+def test_the_scheduler_is_vllms_with_another_last_word(mixed):
     assert issubclass(mixed, SchedulerInterface)
     (stock,) = (base for base in mixed.__bases__ if issubclass(base, Scheduler))
     assert stock in (Scheduler, AsyncScheduler)

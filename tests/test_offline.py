@@ -9,7 +9,7 @@ from tests.fitted import write_random
 from tests.reference import Reference
 from tests.tiny import CONFIGS, NUM_LAYERS, prompts
 from vllm_ext.checkpoint import Checkpoint
-from vllm_ext.offline.attentions import QUERIES_AT_ONCE, sink_attention, window_attention
+from vllm_ext.offline.attentions import QUERIES_AT_ONCE, window_attention
 from vllm_ext.offline.batch import Batch
 from vllm_ext.offline.model import Changed, OfflineModel, generate
 from vllm_ext.tasks.items import Item
@@ -84,36 +84,13 @@ def test_generates_what_the_reference_answers(tiny_models, tmp_path, family, nam
     assert generate(changed, tokens, 8).tolist() == [reference.answer(prompt, 8).tokens for prompt in asked]
 
 
-@pytest.mark.parametrize("length", [1, WINDOW - 1, WINDOW, WINDOW + 1, 3 * QUERIES_AT_ONCE + 1])
-@pytest.mark.parametrize("softcap", [None, 2.0])
-def test_sink_attention_is_what_a_loop_makes(length, softcap):
-    generator = torch.Generator().manual_seed(length)
-    query, key, value = (torch.randn(1, heads, length, 16, generator=generator) for heads in (4, 2, 2))
-    sink_logit, sink_value = torch.randn(4, generator=generator), torch.randn(2, 16, generator=generator)
-    settings = {"window": WINDOW, "sink_logit": sink_logit, "sink_value": sink_value, "scaling": 0.3}
-    attended = sink_attention(query, key, value, softcap=softcap, **settings)
-
-    expected = torch.empty(length, 4, 16)
-    for position in range(length):
-        near = range(max(0, position - WINDOW + 1), position + 1)
-        for head in range(4):
-            logits = torch.stack([query[0, head, position] @ key[0, head // 2, other] * 0.3 for other in near])
-            if softcap is not None:
-                logits = softcap * (logits / softcap).tanh()
-            weights = torch.cat([logits, sink_logit[head : head + 1]]).softmax(0)
-            values = torch.stack([*(value[0, head // 2, other] for other in near), sink_value[head // 2]])
-            expected[position, head] = weights @ values
-    torch.testing.assert_close(attended[0], expected)
-
-
 @pytest.mark.parametrize("earlier", [0, 1, 7, 8, 9, QUERIES_AT_ONCE])
 def test_last_queries_attend_as_among_all(earlier):
     generator = torch.Generator().manual_seed(earlier)
     query, key, value = (torch.randn(2, heads, QUERIES_AT_ONCE + 9, 16, generator=generator) for heads in (4, 2, 2))
-    sink_logit, sink_value = torch.randn(4, generator=generator), torch.randn(2, 16, generator=generator)
-    settings = {"window": 8, "sink_logit": sink_logit, "sink_value": sink_value, "scaling": 0.3}
-    whole = sink_attention(query, key, value, **settings)
-    torch.testing.assert_close(sink_attention(query[:, :, earlier:], key, value, **settings), whole[:, earlier:])
+    settings = {"window": 8, "sink": 4, "scaling": 0.3}
+    whole = window_attention(query, key, value, **settings)
+    torch.testing.assert_close(window_attention(query[:, :, earlier:], key, value, **settings), whole[:, earlier:])
 
 
 @pytest.mark.parametrize("length", [1, WINDOW - 1, WINDOW, WINDOW + 1, WINDOW + 4, 3 * QUERIES_AT_ONCE + 1])

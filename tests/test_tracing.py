@@ -18,7 +18,6 @@ from model_executors.heads.head_plan import HeadShape
 from model_executors.heads.screened_head import Int4Copy, screened_scores
 from model_executors.layers.consolidation import Consolidation
 from model_executors.layers.freeze import FrozenUpper, select_rows
-from model_executors.layers.window import WindowAttention
 from tests.engines import engine, runner
 from tests.fitted import write_random
 from tests.test_freeze import PLANS
@@ -54,13 +53,6 @@ def test_the_tail_and_what_a_skipped_layer_adds(model):
     assert graphs_of(model.tail.forward, 3, 5, 9) == 1
     consolidation = model.model.layers[5].self_attn
     assert graphs_of(lambda given: consolidation(None, given), 3, 5, 9) == 1
-
-
-def test_what_a_window_adds_around_the_kernel(model):
-    window = next(module for module in model.modules() if isinstance(module, WindowAttention))
-    value = window.sink_value.numel()
-    assert graphs_of(lambda given: window.shifted(given[:, :value]), 3, 5, 9) == 1
-    assert graphs_of(window.unshifted, 3, 5, 9) == 1
 
 
 def test_keys_and_values_of_frozen_tokens(model):

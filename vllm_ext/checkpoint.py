@@ -20,7 +20,7 @@ from model_executors.attention_plan import (
     tensor_name,
     tensors_of,
 )
-from model_executors.families import Family, family_of
+from model_executors.families import Family, family_of, own_window
 from model_executors.heads.head_plan import HeadPlan, head_tensor_name
 from vllm_ext.errors import UsageError
 
@@ -176,6 +176,21 @@ class Checkpoint:
             )
         return self._changed_config(plan)
 
+    def check_windows(self, plan: AttentionPlan) -> None:
+        """Raise UsageError for a window where the model itself has one, and so the layer never saw far."""
+        windowed = [(layer, each.window) for layer, each in enumerate(plan.layers) if each.window is not None]
+        if not windowed:
+            return
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(self.folder or self.name)
+        for layer, window in windowed:
+            if (sliding := own_window(config, layer)) is not None:
+                raise UsageError(
+                    f"window {window} on layer {layer}: the model gives that layer a sliding window of {sliding} "
+                    "already; leave it full"
+                )
+
     def _changed_config(self, plan: AttentionPlan) -> dict[str, Any]:
         """The keys of `config.json` in which the planned checkpoint differs."""
         return {"architectures": [self.family.planned_architecture], CONFIG_KEY: plan.to_config()}
@@ -191,15 +206,11 @@ class Checkpoint:
         """The shapes of the tensors that the plan needs beside the weights, by name; None where `config.json` leaves
         the size to the model's class.
         """
-        hidden, heads, kv_heads, head_size = (
-            self.config.get(name) for name in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-        )
+        hidden = self.config.get("hidden_size")
         shapes: dict[str, tuple[int | None, ...]] = {}
         for layer in plan.fitted:
             rank = plan.layers[layer].rank
             sizes = {
-                "sink_logit": (heads,),
-                "sink_value": (kv_heads, head_size),
                 "bias": (hidden,),
                 "weight": (hidden, hidden),
                 "down": (rank, hidden),
@@ -310,6 +321,7 @@ def write_planned(
     assert source.folder is not None
     assert source.fitted_shapes(plan).keys() == (fit.tensors.keys() if fit is not None else set())
     check_out(out)
+    source.check_windows(plan)
     changed = source._changed_config(plan)
     added: dict[str, torch.Tensor] = {}
     with complete_folder(out) as building:

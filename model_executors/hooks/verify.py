@@ -21,6 +21,8 @@ logger = init_logger(f"vllm.{__name__}")
 # Speculation that reads tokens only. The other methods read hidden states of every position, which the layers above
 # do not see.
 TOKEN_SPECULATION = ("ngram", "ngram_gpu", "suffix", "draft_model", "custom_class")
+MOST_AT_ONCE = 2048
+"""Tokens of one request in a step, with windows: what is computed at once is held at once."""
 
 
 class AttentionPlanConfig(VerifyAndUpdateConfig):
@@ -40,6 +42,8 @@ class AttentionPlanConfig(VerifyAndUpdateConfig):
         for problem in (*_problems(plan, family, vllm_config), *_head_problems(head, vllm_config)):
             raise ValueError(problem)
         _check_evidence(plan, head, vllm_config)
+        if plan.windowed:
+            _prepare_windows(vllm_config)
         if plan.first_frozen < len(plan.layers):
             _prepare_frozen(vllm_config)
         if head.kind == "screened":
@@ -115,14 +119,37 @@ def _head_problems(head: HeadPlan, vllm_config: VllmConfig) -> Iterator[str]:
 
 
 def _window_problems(plan: AttentionPlan, vllm_config: VllmConfig) -> Iterator[str]:
-    """A layer with a sliding window of its own has no sink to replace."""
+    """A layer with a sliding window of its own never saw far; and what keeps the first and the last tokens needs vLLM's
+    hybrid manager of the KV cache.
+    """
     config = vllm_config.model_config.hf_config
-    for layer, layer_plan in enumerate(plan.layers):
-        if layer_plan.window is not None and (own := own_window(config, layer)) is not None:
+    own = {layer: own_window(config, layer) for layer in plan.attending}
+    for layer in plan.windowed:
+        if own[layer] is not None:
             yield (
-                f"window {layer_plan.window} on layer {layer}: the model gives that layer a sliding window of "
-                f"{own} already; leave it full"
+                f"window {plan.layers[layer].window} on layer {layer}: the model gives that layer a sliding window of "
+                f"{own[layer]} already; leave it full"
             )
+    if not plan.windowed:
+        return
+    reach = {plan.layers[layer].window or own[layer] for layer in plan.attending}
+    if len(reach) == 1 and len(plan.windowed) < len(plan.attending):
+        # vLLM takes layers of one window for layers of one kind.
+        yield f"window {reach.pop()} is the model's own on the other layers: take another size, or leave a layer full"
+    if vllm_config.kv_transfer_config is not None or vllm_config.cache_config.kv_offloading_size is not None:
+        yield (
+            "--kv-transfer-config (or --kv-offloading-size): connectors do not know windows with a sink; drop it, or "
+            "serve without windows"
+        )
+    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+        yield "--disable-hybrid-kv-cache-manager: without it windows save nothing; drop it, or serve without windows"
+    if not current_platform.support_hybrid_kv_cache():
+        yield "windows need vLLM's hybrid manager of the KV cache, which this platform lacks; serve without windows"
+    parallel = vllm_config.parallel_config
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if getattr(parallel, name) > 1:
+            option = name.replace("_", "-")
+            yield f"--{option} {getattr(parallel, name)}: vLLM splits no sliding window; drop it"
 
 
 def _pipeline_problems(plan: AttentionPlan, size: int) -> Iterator[str]:
@@ -139,6 +166,17 @@ def _pipeline_problems(plan: AttentionPlan, size: int) -> Iterator[str]:
                 f"--pipeline-parallel-size {size}: layers from {plan.first_frozen} on are frozen and begin on rank "
                 f"{rank}; all of them must be on the last rank: use fewer ranks, or set VLLM_PP_LAYER_PARTITION"
             )
+
+
+def _prepare_windows(vllm_config: VllmConfig) -> None:
+    """Bound what is computed of a request in a step, and so held of it, where the user has not."""
+    scheduler = vllm_config.scheduler_config
+    if scheduler.scheduler_cls not in (None, names.SCHEDULER) or not scheduler.enable_chunked_prefill:
+        return
+    scheduler.scheduler_cls = names.SCHEDULER
+    if not scheduler.long_prefill_token_threshold:
+        most = min(MOST_AT_ONCE, scheduler.max_num_batched_tokens, vllm_config.model_config.max_model_len)
+        scheduler.long_prefill_token_threshold = most
 
 
 def _prepare_frozen(vllm_config: VllmConfig) -> None:

@@ -1,7 +1,7 @@
 """vLLM's decoder classes with an attention plan: one adapter for every family in the table.
 
 The stock model is built and then changed where the plan says so: a skipped layer (arXiv 2409.03621, section 5) gives up
-its attention, and with it the weights and the KV cache; a window layer gets a sliding window and a sink; frozen layers
+its attention, and with it the weights and the KV cache; a window layer keeps its first and last tokens; frozen layers
 run for the tokens that need them. The layers above the last one that attends, the *tail*, need no other token's state.
 They run in `compute_logits`, which vLLM calls for sampled positions only, so prompt tokens never enter them.
 
@@ -29,7 +29,7 @@ from model_executors.layers.adapters import restrict_adapters
 from model_executors.layers.consolidation import Consolidation
 from model_executors.layers.freeze import Freeze, FrozenAttention, frozen_backend
 from model_executors.layers.stream import DeferredLayers, ResidualSum
-from model_executors.layers.window import WindowAttention, rebuilt
+from model_executors.layers.window import rebuilt, window_attention
 
 
 # The number of rows is unbacked: vLLM compiles without guards, and what was first traced with a single row, as with
@@ -75,7 +75,6 @@ class AttentionPlanDecoder(nn.Module):
         plan = self.plan.layers[number]
         layer = self.model.layers[number]
         attention = getattr(layer, self.family.attention)
-        changed: Consolidation | WindowAttention | None = None
         if plan.kind == "skip":
             dropped = set(attention.modules())
             for name in [name for name, module in forward_context.items() if module in dropped]:
@@ -84,17 +83,16 @@ class AttentionPlanDecoder(nn.Module):
             prefix = f"model.layers.{number}.{self.family.attention}"
             changed = Consolidation(hidden_size, plan, self.family.reduced, prefix)
             setattr(layer, self.family.attention, changed)
+            self.fitted |= {tensor_name(number, name): parameter for name, parameter in changed.fitted.items()}
         elif plan.kind != "full":
-            backend = frozen_backend if plan.kind == "freeze" else None
+            backend = frozen_backend if plan.kind == "freeze" else lambda windowed: windowed
             context = (vllm_config.cache_config, forward_context, backend)
-            if plan.window is not None:
-                changed = attention.attn = WindowAttention(attention.attn, plan.window, *context)
+            if plan.window is not None and plan.sink is not None:
+                attention.attn = window_attention(attention.attn, plan.window, plan.sink, *context)
             else:
                 attention.attn = rebuilt(attention.attn, *context)
             if plan.kind == "freeze":
                 setattr(layer, self.family.attention, FrozenAttention(attention, self.family))
-        if changed is not None:
-            self.fitted |= {tensor_name(number, name): parameter for name, parameter in changed.fitted.items()}
 
     def _defer_upper_layers(self, vllm_config: VllmConfig) -> None:
         """Take the tail out of the forward pass, for `compute_logits` to run it, and what is frozen out of the stock

@@ -37,7 +37,6 @@ from vllm.v1.attention.backends.utils import subclass_attention_backend
 from model_executors.families import Family
 from model_executors.hooks.frozen_prompts import PLACE
 from model_executors.layers.stream import DeferredLayers, normed
-from model_executors.layers.window import WindowAttention
 
 
 @dataclass(frozen=True)
@@ -93,6 +92,7 @@ def frozen_backend(stock: type[AttentionBackend]) -> type[AttentionBackend]:
     class FrozenMetadataBuilder(stock_builder):  # type: ignore[misc]
         # Which layers a step runs is decided outside of the graphs, so a whole step is never captured as one.
         _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
+        supports_update_block_table = False  # which would be given the slots of all rows
 
         @classmethod
         def get_cudagraph_support(cls, *args: Any, **kwargs: Any) -> AttentionCGSupport:
@@ -203,7 +203,7 @@ class FrozenAttention(nn.Module):
         self.frozen_proj = nn.ModuleDict(KeyValueProjection.of(stock))
         of_frozen = copy.copy(projections)
         of_frozen._modules = {**projections._modules, **self.frozen_proj._modules}
-        self.attn: Attention | WindowAttention
+        self.attn: Attention
         self.stock = (stock,)
         self.projections = (projections, of_frozen)
 
@@ -223,14 +223,10 @@ class FrozenAttention(nn.Module):
         return getattr(self, self.out_proj)(attend(self.attn, query, key, value))[0]
 
 
-def attend(
-    attn: Attention | WindowAttention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-) -> torch.Tensor:
+def attend(attn: Attention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Write all tokens' K and V `[num_tokens, num_kv_heads * head_size]` and attend with the rows that go on,
     `[num_rows, num_heads * head_size]`.
     """
-    if isinstance(attn, WindowAttention):
-        return attn.unshifted(attend(attn.attn, query, key, attn.shifted(value)))
     name = _encode_layer_name(attn.layer_name)
     query = query.view(-1, attn.num_heads, attn.head_size)
     key = key.view(-1, attn.num_kv_heads, attn.head_size)
@@ -282,8 +278,7 @@ class Freeze:
         with set_model_tag("frozen"):
             self.frozen = FrozenUpper(vllm_config=vllm_config, layers=layers, norm=norm, family=family)
         self.entering = entering_buffer(vllm_config, next(layers[0].parameters()).device)
-        first = getattr(layers[0], family.attention).attn
-        self.layer_name = (first.attn if isinstance(first, WindowAttention) else first).layer_name
+        self.layer_name = getattr(layers[0], family.attention).attn.layer_name
 
     def __call__(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """`[num_tokens]` and `[num_tokens, hidden_size]`, the stream that enters the first frozen layer, to what leaves

@@ -1,20 +1,19 @@
-"""Attention within a sliding window, beside a constant sink.
+"""Window layers: attention to the first tokens, the *sink*, and to the last ones, the *window*, each token once.
 
-Attention in the upper layers goes to the first token, the *sink*, and to the neighbourhood (arXiv 2409.03621). A window
-layer keeps the neighbourhood in its KV cache and replaces the first token by two constants fitted on text: the logit
-that a query gives it, and its value s. vLLM's kernels know a sink's logit, whose value is zero. So the cache holds
-v - s, and s is added to the result: sum p_j (v_j - s) + s = sum p_j v_j + p_sink s, exactly, for all p add up to one.
+Attention in many layers goes to the first token and to the neighbourhood (arXiv 2409.03621; StreamingLLM, arXiv
+2309.17453). A window layer keeps both, and gives back the KV cache of all between. Keys were rotated where their tokens
+truly are, so that nothing is rotated anew, nothing is fitted, and a request within its window is answered as by stock.
 """
 
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import nn
-from vllm.config import CacheConfig
-from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.config import CacheConfig, VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionBackend
+from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
+
+from model_executors.hooks.kv_cache import SinkWindowSpec
 
 Backend = type[AttentionBackend]
 
@@ -23,12 +22,13 @@ def rebuilt(
     attn: Attention,
     cache_config: CacheConfig,
     forward_context: dict[str, Any],
-    backend: Callable[[Backend], Backend] | None,
+    backend: Callable[[Backend], Backend],
+    made: Callable[..., Attention] = Attention,
     **changes: Any,
 ) -> Attention:
     """An attention like `attn` but for `changes`, under its name, where `backend` makes its backend from vLLM's choice.
 
-    `forward_context` is what gives an attention its KV cache.
+    `forward_context` is what gives an attention its KV cache; `made` makes it.
     """
     settings: dict[str, Any] = {
         "num_kv_heads": attn.num_kv_heads,
@@ -37,68 +37,59 @@ def rebuilt(
         "logits_soft_cap": getattr(attn.impl, "logits_soft_cap", None) or None,
         "per_layer_sliding_window": attn.sliding_window,
         "prefix": attn.layer_name,
+        "attn_backend": backend(attn.attn_backend),
     } | changes
     del forward_context[attn.layer_name]
-    made = Attention(attn.num_heads, attn.head_size, attn.impl.scale, **settings)
-    if backend is None:
-        return made
-    del forward_context[attn.layer_name]
-    settings["attn_backend"] = backend(made.attn_backend)
-    return Attention(attn.num_heads, attn.head_size, attn.impl.scale, **settings)
+    return made(attn.num_heads, attn.head_size, attn.impl.scale, **settings)
 
 
-class WindowAttention(nn.Module):
-    """Takes an attention's place, with a window of `window` tokens, the token itself included.
+class WindowAttention(Attention):
+    """vLLM's attention with a sliding window of `per_layer_sliding_window` tokens, and the first `sink` ones."""
+
+    def __init__(self, *args: Any, sink: int, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.sink = sink
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec | None:
+        """What the layer's KV cache is: vLLM's for the window, with the sink."""
+        window = super().get_kv_cache_spec(vllm_config)
+        assert isinstance(window, SlidingWindowSpec)
+        return SinkWindowSpec.of(window, self.sink, vllm_config)
+
+
+def window_attention(
+    attn: Attention,
+    window: int,
+    sink: int,
+    cache_config: CacheConfig,
+    forward_context: dict[str, Any],
+    backend: Callable[[Backend], Backend],
+) -> WindowAttention:
+    """Take the place of `attn` with a window of `window` tokens, the token itself included, and a sink.
 
     Raises:
-        ValueError: where the attention has a sliding window of its own, and so never saw a sink from afar.
+        ValueError: where the attention has a sliding window of its own, or its backend has no window with a sink.
 
     """
+    if attn.sliding_window is not None:
+        raise ValueError(
+            f"{attn.layer_name} has a sliding window of {attn.sliding_window} by itself; leave that layer full"
+        )
+    context = (cache_config, forward_context, lambda stock: backend(window_backend(stock)))
+    made = rebuilt(attn, *context, WindowAttention, per_layer_sliding_window=window, sink=sink)
+    assert isinstance(made, WindowAttention)
+    return made
 
-    def __init__(
-        self,
-        attn: Attention,
-        window: int,
-        cache_config: CacheConfig,
-        forward_context: dict[str, Any],
-        backend: Callable[[Backend], Backend] | None,
-    ) -> None:
-        super().__init__()
-        if attn.sliding_window is not None:
-            raise ValueError(
-                f"{attn.layer_name} has a sliding window of {attn.sliding_window} by itself; leave that layer full"
-            )
-        self.sink_logit = self._fitted(attn.num_heads, attn.num_heads)
-        self.sink_value = self._fitted(attn.num_kv_heads, attn.num_kv_heads, attn.head_size)
-        changes = {"per_layer_sliding_window": window, "sinks": self.sink_logit}
-        self.attn = rebuilt(attn, cache_config, forward_context, backend, **changes)
 
-    @staticmethod
-    def _fitted(heads: int, *shape: int) -> nn.Parameter:
-        """A parameter whose first dimension is this rank's heads; where ranks share KV heads, they share its rows."""
-        parameter = nn.Parameter(torch.empty(shape), requires_grad=False)
+def window_backend(stock: Backend) -> Backend:
+    """The backend that knows windows with a sink, by the one that vLLM chose.
 
-        def load(parameter: nn.Parameter, loaded: torch.Tensor) -> None:
-            first = get_tensor_model_parallel_rank() * loaded.shape[0] // get_tensor_model_parallel_world_size()
-            parameter.data.copy_(loaded[first : first + heads])
+    Raises:
+        ValueError: where there is none.
 
-        parameter.weight_loader = load  # type: ignore[attr-defined]
-        return parameter
+    """
+    if stock.get_name() == "CPU_ATTN":
+        from model_executors.layers.window_cpu import WindowBackend
 
-    @property
-    def fitted(self) -> dict[str, nn.Parameter]:
-        """The parameters by the names that fitted tensors have in a checkpoint."""
-        return {"sink_logit": self.sink_logit, "sink_value": self.sink_value}
-
-    def shifted(self, value: torch.Tensor) -> torch.Tensor:
-        """`[num_tokens, num_kv_heads * head_size]`: what the KV cache holds in place of the value."""
-        return value - self.sink_value.flatten()
-
-    def unshifted(self, output: torch.Tensor) -> torch.Tensor:
-        """`[num_tokens, num_heads * head_size]`: the attention's output with the sink's value in it."""
-        kv_heads, head_size = self.sink_value.shape
-        return (output.unflatten(1, (kv_heads, -1, head_size)) + self.sink_value.unsqueeze(1)).flatten(1)
-
-    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """As `Attention`'s: `[num_tokens, num_heads * head_size]`, twice `[num_tokens, num_kv_heads * head_size]`."""
-        return self.unshifted(self.attn(query, key, self.shifted(value)))
+        return WindowBackend
+    raise ValueError(f"window layers do not work with attention backend {stock.get_name()}; choose another")

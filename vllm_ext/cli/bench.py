@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from model_executors.attention_plan import Consolidation
-from vllm_ext.cli.options import VLLM_OPTIONS, Agreement, Freeze, Head
+from vllm_ext.cli.options import VLLM_OPTIONS, Agreement, Freeze, Head, Window
 from vllm_ext.errors import UsageError
 
 Interleaved = Annotated[
@@ -37,7 +37,7 @@ def bench(
         str | None, typer.Option(help="Layers the variant skips; `none` plans nothing, and measures that.")
     ] = None,
     freeze: Freeze = None,
-    window: Annotated[str | None, typer.Option(help="With --shape: layers with a window, as 14-29:128.")] = None,
+    window: Window = None,
     consolidation: Annotated[
         Consolidation | None, typer.Option(help="With --shape: what skipped layers add in place of attention.")
     ] = None,
@@ -79,12 +79,11 @@ def bench(
         args, model = [model, *args], None  # the first of vLLM's options lands where no MODEL is given
     overlaid = not (skip is freeze is window is None)
     if (planned is not None and overlaid) or (planned is head is None and not overlaid):
-        raise UsageError("bench needs either --planned, or some of --skip, --freeze and --head")
-    for option, value in (("--window", window), ("--consolidation", consolidation)):
-        if value is not None and shape is None:
-            raise UsageError(
-                f"{option} {value}: it needs fitted tensors; write them with vllm-ext plan, then --planned"
-            )
+        raise UsageError("bench needs either --planned, or some of --skip, --window, --freeze and --head")
+    if consolidation is not None and shape is None:
+        raise UsageError(
+            f"--consolidation {consolidation}: it needs fitted tensors; write them with vllm-ext plan, then --planned"
+        )
     if (model is None) == (shape is None):
         raise UsageError("bench needs either a MODEL or a --shape; give one of them")
     for option, one in (("--planned", planned), ("--agreement", agreement)):

@@ -10,7 +10,7 @@ from vllm_ext.cli.doctor import app as doctor_app
 from vllm_ext.cli.heads import app as heads_app
 from vllm_ext.cli.loadtest import app as loadtest_app
 from vllm_ext.cli.model import app as model_app
-from vllm_ext.cli.options import VLLM_OPTIONS, Agreement, Freeze, Head, Model, Skip
+from vllm_ext.cli.options import VLLM_OPTIONS, Agreement, Freeze, Head, Model, Skip, Window
 from vllm_ext.cli.plan import app as plan_app
 from vllm_ext.cli.probe import app as probe_app
 from vllm_ext.cli.quality import app as quality_app
@@ -32,6 +32,7 @@ def serve(
     context: typer.Context,
     model: Model,
     skip: Skip = None,
+    window: Window = None,
     freeze: Freeze = None,
     head: Head = None,
     agreement: Agreement = None,
@@ -84,7 +85,7 @@ def serve(
 ) -> None:
     """Serve a model on 127.0.0.1:8000 through vLLM; every option of `vllm serve` may follow.
 
-    Without --skip, --freeze or --head it serves the checkpoint as it is, stock or planned.
+    Without --skip, --window, --freeze or --head it serves the checkpoint as it is, stock or planned.
     """
     from serving.settings import ServerSettings
     from vllm_ext.layers import layer_plans
@@ -107,7 +108,7 @@ def serve(
         drain_seconds=drain_seconds,
     )
     endpoint = Endpoint(settings, api_key_file, metrics_port, log_format, allow_code)
-    changes = None if skip is freeze is None else layer_plans(skip=skip, freeze=freeze)
+    changes = None if skip is window is freeze is None else layer_plans(skip, window, freeze)
     served = Served.open(model, changes, head, agreement, vllm_args=context.args)
     run(served, context.args, endpoint)
 

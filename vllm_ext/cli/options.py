@@ -17,9 +17,14 @@ Data = Annotated[
     typer.Option(help="A file with a task of your own: SQuAD, CNN/DailyMail, or JSON lines with prompt and answer."),
 ]
 Window = Annotated[
-    str | None, typer.Option(help="Layers to attend to their first and last tokens: 15-24:128, or 15-24:128+8.")
+    str | None,
+    typer.Option(
+        help="Layers to attend to the first and the last tokens: 0-7,24-29:256, or 15-24:128,25:64+8 with the first 8."
+    ),
 ]
-Freeze = Annotated[str | None, typer.Option(help="Layers that prompt tokens end below: 20-29.")]
+Freeze = Annotated[
+    str | None, typer.Option(help="Layers that prompt tokens end below: 20-29, or with a window 20-29:128.")
+]
 Head = Annotated[
     Literal["stock", "character", "rescored", "screened"] | None,
     typer.Option(

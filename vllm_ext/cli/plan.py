@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from model_executors.attention_plan import Consolidation
-from vllm_ext.cli.options import Data, Model, Skip, errors
+from vllm_ext.cli.options import Data, Freeze, Model, Skip, Window, errors
 from vllm_ext.errors import UsageError
 from vllm_ext.versions import vllm_problem
 
@@ -30,13 +30,8 @@ def plan(
     model: Model,
     out: Out,
     skip: Skip = None,
-    window: Annotated[
-        str | None,
-        typer.Option(help="Layers to attend to the first and the last tokens: 0-7,24-29:256, or 15-24:128,25:64+8."),
-    ] = None,
-    freeze: Annotated[
-        str | None, typer.Option(help="Layers that prompt tokens end below: 20-29, or with a window 20-29:128.")
-    ] = None,
+    window: Window = None,
+    freeze: Freeze = None,
     consolidation: Annotated[
         Consolidation | None, typer.Option(help="What skipped layers add in place of attention; by default none.")
     ] = None,

@@ -39,9 +39,10 @@ class Attend:
         self,
         frozen_kv: tuple[torch.Tensor, torch.Tensor] | None = None,
         frozen_rows: torch.Tensor | None = None,
-        **window: Any,
+        window: int | None = None,
+        sink: int | None = None,
     ) -> None:
-        self.frozen_kv, self.frozen_rows, self.window = frozen_kv, frozen_rows, window
+        self.frozen_kv, self.frozen_rows, self.window, self.sink = frozen_kv, frozen_rows, window, sink
 
     def __call__(
         self,
@@ -62,24 +63,10 @@ class Attend:
                 torch.cat([torch.where(rows, frozen, own[:, :, :length]), own[:, :, length:]], 2)
                 for frozen, own in zip(self.frozen_kv, (key, value), strict=True)
             )
-        if self.window:
-            attend = sink_attention if "sink_logit" in self.window else window_attention
-            return attend(query, key, value, scaling=scaling, softcap=softcap, **self.window), None
+        if self.window is not None:
+            seen = {"window": self.window, "sink": self.sink or 0}
+            return window_attention(query, key, value, scaling=scaling, softcap=softcap, **seen), None
         return stock_attention(module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, **settings)
-
-
-class Windowed(nn.Module):
-    """Takes an attention's place: the same with a window and a constant sink."""
-
-    def __init__(self, attention: nn.Module, window: int, sink_logit: torch.Tensor, sink_value: torch.Tensor) -> None:
-        super().__init__()
-        self.attention = attention
-        self.attend = Attend(window=window, sink_logit=sink_logit, sink_value=sink_value)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the attention's."""
-        with attending(self.attention, self.attend):
-            return self.attention(*args, **kwargs)
 
 
 class Skipped(nn.Module):
@@ -151,43 +138,6 @@ def _masked(
     return (logits.masked_fill(~seen, -torch.inf).softmax(-1) @ values).to(query.dtype)
 
 
-def sink_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    window: int,
-    sink_logit: torch.Tensor,
-    sink_value: torch.Tensor,
-    scaling: float,
-    softcap: float | None = None,
-) -> torch.Tensor:
-    """Attention to the last `window` tokens, the token itself included, and to a constant sink; `window` tokens and
-    `QUERIES_AT_ONCE` queries at a time.
-
-    `query` is `[batch, num_heads, queries, head_size]`, those of the last tokens, `key` and `value` `[batch,
-    num_kv_heads, length, head_size]`, `sink_logit` `[num_heads]`, `sink_value` `[num_kv_heads, head_size]`; returns
-    `[batch, queries, num_heads, head_size]`, as transformers' attention functions do.
-    """
-    dtype, groups = query.dtype, query.shape[1] // key.shape[1]
-    query, key, value, sink_logit, sink_value = (each.float() for each in (query, key, value, sink_logit, sink_value))
-    earlier = key.shape[2] - query.shape[2]
-    outputs: list[torch.Tensor] = []
-    for queries in query.split(QUERIES_AT_ONCE, 2):
-        start = earlier + sum(each.shape[1] for each in outputs)
-        end = start + queries.shape[2]
-        first = max(0, start - window + 1)
-        keys, values = (part[:, :, first:end].repeat_interleave(groups, 1) for part in (key, value))
-        scores = capped(queries @ keys.transpose(2, 3) * scaling, softcap)
-        behind = torch.arange(start, end, device=query.device)[:, None] - torch.arange(first, end, device=query.device)
-        scores = scores.masked_fill((behind < 0) | (behind >= window), -torch.inf)
-        sink = sink_logit[:, None, None].expand(*scores.shape[:-1], 1)
-        weights = torch.cat([scores, sink], -1).softmax(-1)
-        attended = weights[..., :-1] @ values + weights[..., -1:] * sink_value.repeat_interleave(groups, 0)[:, None]
-        outputs.append(attended.transpose(1, 2))
-    return torch.cat(outputs, 1).to(dtype)
-
-
 def attend_as_told(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
 ) -> Any:
@@ -208,16 +158,8 @@ def stock_attention(
     """The model's own. PyTorch's knows no soft cap."""
     if softcap is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    return sink_attention(
-        query,
-        key,
-        value,
-        window=kwargs.get("sliding_window") or key.shape[2],
-        sink_logit=query.new_full((query.shape[1],), -torch.inf),  # none
-        sink_value=value.new_zeros(value.shape[1], value.shape[3]),
-        scaling=kwargs["scaling"],
-        softcap=softcap,
-    ), None
+    window = kwargs.get("sliding_window") or key.shape[2]
+    return window_attention(query, key, value, window=window, sink=0, scaling=kwargs["scaling"], softcap=softcap), None
 
 
 def capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:

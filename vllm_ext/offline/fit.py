@@ -1,4 +1,4 @@
-"""Attention plans fitted to a model: the sinks of window layers and the consolidation of skipped ones.
+"""Attention plans fitted to a model: the consolidation of skipped layers.
 
 What a planned layer puts in place of its attention (arXiv 2409.03621, section 5) is found in closed form from the
 model's own activations on calibration text, with no gradient step. Layers are fitted lowest first, so that each fit
@@ -19,10 +19,10 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from model_executors.attention_plan import AttentionPlan, LayerPlan, tensor_name
-from model_executors.families import Family, own_window
+from model_executors.families import Family
 from vllm_ext.checkpoint import Checkpoint, Fit
 from vllm_ext.errors import UsageError
-from vllm_ext.offline.attentions import Seen, Skipped, Windowed, attending, capped
+from vllm_ext.offline.attentions import Attend, Seen, Skipped
 from vllm_ext.offline.model import Call, load, read_tokenizer
 from vllm_ext.progress import progress
 from vllm_ext.tasks.passages import cut
@@ -75,12 +75,7 @@ def _check(config: PretrainedConfig, plan: AttentionPlan, length: int) -> None:
     if length > longest:
         raise UsageError(f"--length {length}: the model takes {longest} tokens; lower it")
     for layer in plan.fitted:
-        window, rank = plan.layers[layer].window, plan.layers[layer].rank
-        if window is not None and (sliding := own_window(config, layer)):
-            raise UsageError(
-                f"window {window} on layer {layer}: the model gives that layer a sliding window of {sliding} already; "
-                "leave it full"
-            )
+        rank = plan.layers[layer].rank
         if rank is not None and rank >= config.hidden_size:
             raise UsageError(f"--rank {rank}: a full map has {config.hidden_size}; give less, or leave it out")
 
@@ -109,11 +104,7 @@ def fit_passages(
             attention = getattr(layer, family.attention)
             made: dict[str, torch.Tensor] = {}
             if layer_plan.window is not None:
-                sinks = Sinks(layer_plan.window)
-                with attending(attention, sinks):
-                    stream.run(number, layer)
-                made = sinks.solve()
-                setattr(layer, family.attention, Windowed(attention, layer_plan.window, **made))
+                attention.attend = Attend(window=layer_plan.window, sink=layer_plan.sink)
             elif layer_plan.kind == "skip":
                 if layer_plan.fitted:
                     moments = Moments(layer_plan)
@@ -159,44 +150,6 @@ class Stream:
             with suppress(Seen):
                 hidden_states.copy_(call.through(layer, hidden_states[None].to(call.hidden_states.device))[0])
             self.done()
-
-
-class Sinks:
-    """The constant sink of a window layer, collected in the place of its attention function."""
-
-    def __init__(self, window: int) -> None:
-        self.window = window
-        self.passages = self.queries = 0
-        self.logit = self.value = torch.zeros(())
-
-    def __call__(
-        self,
-        module: nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        scaling: float,
-        softcap: float | None = None,
-        **unused: Any,
-    ) -> NoReturn:
-        """See the first token as the queries out of whose window it lies do, or all where it never does.
-
-        `query` is `[1, num_heads, length, head_size]`, `key` and `value` `[1, num_kv_heads, length, head_size]`.
-        """
-        query, key, value = query.float(), key.float(), value.float()
-        far = query[0, :, self.window :] if query.shape[2] > self.window else query[0]
-        first = key[0, :, 0].repeat_interleave(query.shape[1] // key.shape[1], 0)  # [num_heads, head_size]
-        logits = capped(far @ first[:, :, None] * scaling, softcap)  # [num_heads, num_queries, 1]
-        self.logit = self.logit.to(logits) + logits.sum((1, 2))
-        self.value = self.value.to(value) + value[0, :, 0]
-        self.queries += far.shape[1]
-        self.passages += 1
-        raise Seen
-
-    def solve(self) -> dict[str, torch.Tensor]:
-        """`sink_logit` `[num_heads]` and `sink_value` `[num_kv_heads, head_size]`: the means."""
-        return {"sink_logit": self.logit / self.queries, "sink_value": self.value / self.passages}
 
 
 class Moments:

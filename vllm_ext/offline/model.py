@@ -145,11 +145,7 @@ class Changed:
         plan = self.plans.get(number, FULL)
         layer, attention, call = self.model.layers[number], self.model.attention(number), entered.calls[number]
         device = hidden_states.device
-        constants = {
-            name: self.fitted[tensor_name(number, name)].to(device)
-            for name in tensors_of(plan)
-            if plan.window is None or tensor_name(number, name) in self.fitted
-        }
+        constants = {name: self.fitted[tensor_name(number, name)].to(device) for name in tensors_of(plan)}
         if plan.kind == "skip":
             setattr(layer, self.model.family.attention, Skipped(**constants))
             try:
@@ -165,10 +161,7 @@ class Changed:
             self.frozen_kv[number] = kept.key, kept.value
         if plan.kind == "full":
             return call.through(layer, hidden_states)
-        window: dict[str, Any] = {} if plan.window is None else {"window": plan.window}
-        if window and not constants:  # the true first tokens, and none that stand for them
-            window["sink"] = plan.sink
-        with attending(attention, Attend(self.frozen_kv.get(number), self.frozen_rows, **window, **constants)):
+        with attending(attention, Attend(self.frozen_kv.get(number), self.frozen_rows, plan.window, plan.sink)):
             return call.through(layer, hidden_states)
 
 
