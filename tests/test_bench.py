@@ -1,9 +1,6 @@
 """`vllm-ext bench`: what it refuses, and one run of it."""
 
 import json
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -26,14 +23,6 @@ from vllm_ext.cli.bench import app
 from vllm_ext.costs import Step
 from vllm_ext.errors import UsageError
 from vllm_ext.served import Served
-
-COMMAND = [sys.executable, "-m", "vllm_ext.cli.main"]
-
-
-def run(*arguments, command="bench"):
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    given = [*COMMAND, command, *map(str, arguments)]
-    return subprocess.run(given, capture_output=True, text=True, timeout=600, check=False, env=environment)
 
 
 def test_work_as_it_is_typed():
@@ -164,7 +153,7 @@ def test_measures_and_ends_with_json(tiny_models, tmp_path):
     work = ["prefill:64", "decode:2x16", "mixed:2x16+32"]
     options = [option for each in work for option in ("--work", each)]
     settings = ["--rounds", 1, "--repeats", 2, "--enforce-eager", "--dtype", "float32", "--json", tmp_path / "out.json"]
-    done = run(tiny_models("Llama"), "--skip", "4-5", *options, *settings)
+    done = vllm_ext("bench", tiny_models("Llama"), "--skip", "4-5", *options, *settings)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert report == json.loads((tmp_path / "out.json").read_text())
@@ -183,7 +172,7 @@ def test_measures_and_ends_with_json(tiny_models, tmp_path):
     assert "share: the gain by the ideal one" in " ".join(done.stdout.split())
 
 
-@pytest.mark.parametrize("head", ["character", "rescored"])
+@pytest.mark.parametrize("head", [pytest.param("character", marks=pytest.mark.nightly), "rescored"])
 def test_a_shape_with_character_heads(head, tmp_path, monkeypatch):
     """Its weights are written, at random; a small shape stands in for the models' own, which take minutes."""
     small = {"vocab_size": 2048, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
