@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from loadtests.texts import Texts
 from loadtests.watch import Client, together
 
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
+RAISED = re.compile(r"\b(error|\w+(Error|Exception)):")
 DRAIN_SECONDS = 120.0
 WARM_UP_USERS = 8
 LEAST_REQUESTS = 5
@@ -58,6 +60,8 @@ def run(url: str, load: Load, objective: Objective) -> Run:
         records = Path(folder) / "records.jsonl"
         limit = 10 * (load.warmup + load.duration) + 600
         locust(url, arguments(load, objective, records=records, users=1, client_bound=math.inf), limit)
+        if not records.exists():
+            raise ValueError(f"{url}: Locust ended and left no records; see what it says with {LOCUSTFILE.name}")
         answers = read_answers([records])
         client, start = read_account([records])
     if not answers:
@@ -119,8 +123,8 @@ def locust(url: str, given: list[str], limit: float = 3600) -> int:
         )
     except subprocess.TimeoutExpired:
         raise ValueError(f"{url}: Locust did not end in {limit:g} s; ask for less at once") from None
-    if done.returncode not in (0, 1):
-        lines = [line for line in done.stderr.splitlines() if "rror" in line] or done.stderr.splitlines() or ["?"]
+    if done.returncode not in (0, 1) or "Traceback" in done.stderr:
+        lines = [line for line in done.stderr.splitlines() if RAISED.search(line)] or done.stderr.splitlines() or ["?"]
         raise ValueError(f"{url}: Locust ended with {done.returncode}: {lines[-1]}")
     return done.returncode
 

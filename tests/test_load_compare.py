@@ -1,16 +1,19 @@
 """The whole comparison of a server with itself, its report in a browser, and what a mistake gets."""
 
 import json
+import re
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
 
+import jsonschema
 import pytest
 from junitparser import JUnitXml
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 
+import loadtests
 from tests.command import refused
 from vllm_ext.process import free_port, running
 
@@ -85,6 +88,12 @@ def test_a_beside_a_is_no_difference(compared):
     assert report["versions"]["server A"] == "token server"
 
 
+def test_the_report_is_as_its_schema_says(compared):
+    schema = json.loads((Path(loadtests.__file__).parent / "report.schema.json").read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(json.loads((compared[1] / "report.json").read_text()), schema)
+
+
 def test_junit_has_what_failed(compared):
     (suite,) = JUnitXml.fromfile(str(compared[1] / "junit.xml"))
     cases = {case.name: [each.message for each in case.result] for case in suite}
@@ -114,9 +123,43 @@ def test_the_report_draws_every_plot_with_no_error(compared, browser):
     }
     assert drawn == PLOTS
     assert browser.get_log("browser") == []
-    assert "No difference" in browser.find_element("css selector", "#answer-chat").text
     page = Path(compared[1] / "report.html").read_text()
     assert 'src="http' not in page
+
+
+def test_the_first_screen_answers(compared, browser):
+    """Which serves more, by how much, how sure, at what cost in quality, before any scrolling."""
+    browser.set_window_size(1280, 800)
+    browser.get((compared[1] / "report.html").as_uri())
+    answer = browser.find_element("css selector", "#answer-chat")
+    assert answer.rect["y"] + answer.rect["height"] < 800
+    for said in ("No difference", "requests/s of B", "how sure (95% interval)", "at what cost in quality", "needles"):
+        assert said in answer.text
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_report_is_read_on_a_phone_in_light_and_dark(compared, browser, scheme):
+    """Nothing is wider than the screen, and text stands out from its ground by WCAG's 4.5 to 1."""
+    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    phone = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    try:
+        browser.get((compared[1] / "report.html").as_uri())
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
+        style = "const s = getComputedStyle(document.body); return [s.color, s.backgroundColor]"
+        text, ground = (luminance(each) for each in browser.execute_script(style))
+        assert (text > ground) == (scheme == "dark")
+        assert (max(text, ground) + 0.05) / (min(text, ground) + 0.05) > 4.5
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def luminance(colour):
+    parts = [int(each) / 255 for each in re.findall(r"\d+", colour)[:3]]
+    linear = [each / 12.92 if each <= 0.04045 else ((each + 0.055) / 1.055) ** 2.4 for each in parts]
+    return sum(weight * each for weight, each in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
 
 compare_refused = partial(refused, "loadtest", "compare")

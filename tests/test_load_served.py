@@ -105,6 +105,58 @@ def test_chat_is_asked_in_exact_lengths_by_the_servers_tokenize(server, tmp_path
         assert (answer.prompt_tokens, answer.answer_tokens) == (request.prompt_tokens, request.answer_tokens)
 
 
+SHORT = ["--scale", "0.1", "--pairs", "1", "--ttft", "2", "--itl", "1", "--start", "6"]
+SHORT += ["--warmup", "0.5", "--duration", "2", "--minutes", "1", "--client-bound", "1"]
+CHAT = [*SHORT, "--workload", "chat"]
+TALK = ["--workload=conversation", "--turns=3", "--think=0.5", "--scale=0.2"]
+
+
+def test_conversations_find_their_turns_in_the_cache_as_the_server_counts(server, tmp_path):
+    """What each answer's usage says adds up to the server's own counters; turns after the first are mostly cached."""
+    assert server.idle()
+    names = ("vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total")
+    before = [server.metric(name) for name in names]
+    records = tmp_path / "records.jsonl"
+    sent = ["--arrival=constant", "--rate=3", "--duration=6", "--warmup=0", f"--records={records}", "--users=1", *ANY]
+    assert locust(server.url, [*TALK, *sent]) == 0
+    assert server.idle()
+    hits, queries = (server.metric(name) - each for name, each in zip(names, before, strict=True))
+    answers = [answer for answer in read_answers([records]) if answer.times]
+    whole = [answer for answer in answers if answer.error is None]
+    assert sum(answer.prompt_tokens for answer in whole) <= queries
+    assert sum(answer.cached_tokens for answer in whole) <= hits
+    if len(whole) == len(answers):
+        assert (sum(answer.cached_tokens for answer in whole), sum(answer.prompt_tokens for answer in whole)) == (
+            hits,
+            queries,
+        )
+    by_turn = {turn: [each for each in whole if each.id.endswith(f".{turn}")] for turn in range(3)}
+    rates = {
+        turn: sum(each.cached_tokens for each in found) / sum(each.prompt_tokens for each in found)
+        for turn, found in by_turn.items()
+    }
+    assert rates[0] == 0
+    assert rates[2] > 0.4
+
+
+def test_a_comparisons_hit_rates_are_the_servers(server, tmp_path):
+    """Of both sides together, as both are the same server; what the warm-ups asked is the server's alone."""
+    names = ("vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total")
+    before = [server.metric(name) for name in names]
+    command = [*COMMAND, server.url, server.url, "--out", str(tmp_path / "out"), *SHORT, *TALK, "--minutes", "0.5"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    hits, queries = (server.metric(name) - each for name, each in zip(names, before, strict=True))
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    runs = report["runs"]
+    assert 0 < sum(run["prefix_queries"] for run in runs) <= queries
+    assert 0 < sum(run["prefix_hits"] for run in runs) <= hits
+    for side, rate in report["workloads"]["conversation"]["prefix_hit_rate"].items():
+        own = [run for run in runs if run["side"] == side]
+        assert rate == sum(run["prefix_hits"] for run in own) / sum(run["prefix_queries"] for run in own)
+        assert 0.1 < rate < 0.9
+
+
 def test_a_ramp_of_users(server, tmp_path):
     """One user, then three, with plain Locust."""
     records = tmp_path / "records.jsonl"
@@ -150,14 +202,21 @@ def prometheus(folder, instance: str):
             process.wait(30)
 
 
-SHORT = ["--workload", "chat", "--scale", "0.1", "--pairs", "1", "--ttft", "2", "--itl", "1", "--start", "6"]
-SHORT += ["--warmup", "0.5", "--duration", "2", "--minutes", "1", "--client-bound", "1"]
-
-
 def test_metrics_are_taken_from_a_prometheus(server, tmp_path):
     instance = httpx.URL(server.url).netloc.decode()
     with prometheus(tmp_path, instance) as source:
-        command = [*COMMAND, server.url, server.url, "--prometheus", source, "--out", str(tmp_path / "out"), *SHORT]
+        command = [
+            *COMMAND,
+            server.url,
+            server.url,
+            "--workload",
+            "chat",
+            "--prometheus",
+            source,
+            "--out",
+            str(tmp_path / "out"),
+            *SHORT,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -177,7 +236,17 @@ def test_metrics_are_taken_from_a_prometheus(server, tmp_path):
 def test_each_side_is_started_for_its_turn(smollm2, tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     options = ["--in-turn", "--max-model-len", "512", "--enforce-eager"]
-    command = [*COMMAND, str(smollm2), f"{smollm2} --skip 28-29", "--out", str(tmp_path / "out"), *SHORT, *options]
+    command = [
+        *COMMAND,
+        str(smollm2),
+        f"{smollm2} --skip 28-29",
+        "--workload",
+        "chat",
+        "--out",
+        str(tmp_path / "out"),
+        *SHORT,
+        *options,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     assert "B serves" in done.stdout
