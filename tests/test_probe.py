@@ -47,8 +47,8 @@ def done(tiny, tmp_path_factory):
 def test_does_everything_once(done):
     lines = [json.loads(line) for line in (done / run.RESULTS).read_text().splitlines()]
     keys = [(row["name"], row["layer"], row["task"]) for row in lines[1:]]
-    # Nothing changed; five manipulations of three tasks at three layers; what is looked at, and injection, at each.
-    assert len(keys) == len(set(keys)) == 3 + 3 * (5 * 3 + 2)
+    # Nothing changed; six manipulations of three tasks at three layers; what is looked at, and injection, at each.
+    assert len(keys) == len(set(keys)) == 3 + 3 * (6 * 3 + 2)
     assert all(len(row["scores"]) == (5 if row["task"] == "capitals" else 1) for row in lines[1:] if "scores" in row)
 
 
@@ -70,7 +70,7 @@ def test_goes_on_where_it_was_interrupted(tiny, done, tmp_path):
 
 def test_finished_runs_are_only_reported(tiny, done, monkeypatch):
     monkeypatch.setattr(run, "OfflineModel", None)
-    assert len(probe(Checkpoint.open(str(tiny), weights=True), done, SETTINGS).found) == 54
+    assert len(probe(Checkpoint.open(str(tiny), weights=True), done, SETTINGS).found) == 63
 
 
 def test_refuses_results_of_other_settings(tiny, done, tmp_path):

@@ -6,8 +6,10 @@ import torch
 from model_executors.attention_plan import KINDS, LayerPlan
 from tests.tiny import NUM_LAYERS, prompts
 from vllm_ext.checkpoint import Checkpoint
+from vllm_ext.offline.attentions import stock_attention, window_attention
 from vllm_ext.offline.fit import fit_passages
 from vllm_ext.offline.model import Changed, OfflineModel, generate, load
+from vllm_ext.planner.kv_heads import WindowedHead
 from vllm_ext.planner.linear import LINEAR, fit_alone
 from vllm_ext.planner.scan import Scan, scan
 from vllm_ext.planner.search import Search
@@ -125,3 +127,31 @@ def test_layers_fitted_alone_are_fitted_as_if_no_other_were_changed(tiny_models)
         assert alone
         for name, tensor in alone.items():
             torch.testing.assert_close(made[name].float(), tensor.float(), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("head", [0, 1])
+def test_a_window_on_one_kv_head_leaves_the_others_alone(head):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, heads, 40, 16, generator=generator) for heads in (4, 2, 2))
+    module = torch.nn.Module()
+    module.num_key_value_groups = 2
+    module.is_causal = True
+    whole, _ = stock_attention(module, query, key, value, None, scaling=0.3)
+    near = window_attention(query, key, value, window=8, sink=4, scaling=0.3)
+    mixed, _ = WindowedHead(8, 4, head)(module, query, key, value, None, scaling=0.3)
+    ours, others = [2 * head, 2 * head + 1], [2 - 2 * head, 3 - 2 * head]
+    torch.testing.assert_close(mixed[:, :, ours], near[:, :, ours])
+    torch.testing.assert_close(mixed[:, :, others], whole[:, :, others])
+    assert not torch.allclose(near, whole)
+
+
+def test_the_heads_of_a_layer_that_fetches_are_told_apart(tiny_models, tmp_path):
+    made = trials(planted(tiny_models("Llama"), [2]), tmp_path)
+    scanned = scan(made, 8, LAYERS, kv_heads=2)
+    assert list(scanned.heads) == [2]
+    assert len(scanned.heads[2]) == 2
+    model = made.model()
+    model.attention(2).o_proj.weight.data[:, 64:] = 0  # what the query heads of the second KV head found
+    again = scan(trials(model, tmp_path / "again"), 8, LAYERS, kv_heads=2)
+    assert again.heads[2][1] == pytest.approx(0, abs=1e-4)
+    assert again.heads[2][0] > 0.02

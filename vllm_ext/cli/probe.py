@@ -17,13 +17,20 @@ def probe(
     out: Annotated[Path, typer.Option(help="The folder for results, pictures and report.html; a run goes on in it.")],
     task: Annotated[
         list[str] | None,
-        typer.Option(help="capitals, sums, reading, prose, summaries; by default all, or none beside --data."),
+        typer.Option(
+            help="capitals, sums, reading, prose, summaries, needle (the default, or none beside --data); needles, "
+            "values, words, uuids, variables, shots, facts."
+        ),
     ] = None,
     data: Data = None,
     manipulation: Annotated[
-        list[str] | None, typer.Option(help="random, shuffle, freeze, skip, drop; by default all of them.")
+        list[str] | None, typer.Option(help="random, shuffle, freeze, skip, drop, window; by default all of them.")
     ] = None,
-    items: Annotated[int, typer.Option(help="Items of each task; of prose and summaries a fifth as many.")] = 40,
+    length: Annotated[
+        list[int] | None,
+        typer.Option(help="Tokens of texts to retrieve from; may be given several times; by default 512."),
+    ] = None,
+    items: Annotated[int, typer.Option(help="Items of each task; of those with long items a fifth as many.")] = 40,
     every: Annotated[int, typer.Option(help="Only every so many layers.")] = 1,
     seed: Annotated[int, typer.Option(help="For which items those are, and what is random.")] = 0,
 ) -> None:
@@ -36,7 +43,12 @@ def probe(
     from vllm_ext.probe.run import Settings
     from vllm_ext.probe.run import probe as run
 
-    given: dict[str, Any] = {"tasks": [] if data and not task else task, "data": data, "manipulations": manipulation}
+    given: dict[str, Any] = {
+        "tasks": [] if data and not task else task,
+        "data": data,
+        "manipulations": manipulation,
+        "lengths": length,
+    }
     chosen = {name: tuple(values) for name, values in given.items() if values is not None}
     settings = Settings(**chosen, items=items, every=every, seed=seed)
     results = run(Checkpoint.open(model, weights=True), out.expanduser(), settings)

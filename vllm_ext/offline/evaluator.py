@@ -1,14 +1,13 @@
 """A task's score under a change of the model: items in batches, their layers run from the lowest changed one on."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from vllm_ext.offline.batch import Batch
 from vllm_ext.offline.model import Changed, Entered, Fitted, OfflineModel, Plans, generate
-from vllm_ext.probe.manipulations import Manipulation
 from vllm_ext.tasks.items import Item, Task
 from vllm_ext.tasks.tasks import SUMMARY_TOKENS
 from vllm_ext.tasks.texts import missing
@@ -24,6 +23,18 @@ class Scores:
     scores: list[float]
     nll: list[float]
     """Nats a token of the answers; none where the model writes them itself."""
+
+
+@dataclass(frozen=True)
+class Manipulation:
+    """What is done at one layer."""
+
+    layer: int
+    plans: Plans = field(default_factory=dict)
+    """What layers attend otherwise."""
+    edit: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    """From the states that enter the layer, `[batch, length, hidden_size]`, and which rows are previous tokens,
+    `[batch, length]`, to other states."""
 
 
 class Evaluator:

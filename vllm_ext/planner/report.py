@@ -67,7 +67,8 @@ def read(file: Path) -> Front:
         plans = [_judged(row, header["layers"]) for row in content["plans"]]
         scanned = content["scan"]
         lost = {task: {int(layer): nats for layer, nats in each.items()} for task, each in scanned["lost"].items()}
-        return Front(header, Scan(scanned["window"], lost), plans)
+        heads = {int(layer): nats for layer, nats in scanned["heads"].items()}
+        return Front(header, Scan(scanned["window"], lost, heads), plans)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{file}: no front.json of vllm-ext search ({error}); give the one in its --out") from error
 

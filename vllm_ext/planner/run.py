@@ -99,7 +99,8 @@ class Planner:
     def _scan(self) -> Scan:
         tokens = sum(task.tokens for task in self.search.tasks if task.length is not None)
         self._stage("scan", tokens * (1 + len(self.layers)))
-        return scan(self.search, min(self.settings.windows), self.layers)
+        heads = 0 if self.settings.quick else Shape.of(self.config, self.source.family).kv_heads
+        return scan(self.search, min(self.settings.windows), self.layers, heads)
 
     def _quick(self, scanned: Scan) -> list[Trial]:
         """One size of window, on as many layers as miss little; no search beyond the scan's own items."""

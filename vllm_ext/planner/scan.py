@@ -5,7 +5,7 @@ two models (`vllm_ext/README.md`); retrieval heads (arXiv 2404.15574) are the sa
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from model_executors.attention_plan import LayerPlan
 from vllm_ext.planner.trials import Trials
@@ -21,6 +21,8 @@ class Scan:
     window: int
     lost: dict[str, dict[int, float]]
     """By task, by layer."""
+    heads: dict[int, list[float]] = field(default_factory=dict)
+    """Of a layer that fetches, by KV head: what the task misses most that misses that layer most."""
 
     @property
     def order(self) -> list[int]:
@@ -42,16 +44,18 @@ class Scan:
         return max(each[layer] for each in self.lost.values())
 
 
-def scan(trials: Trials, window: int, layers: Sequence[int]) -> Scan:
-    """A window on each of the layers alone, lowest first, so that only one state of the unchanged model is held.
+def scan(trials: Trials, window: int, layers: Sequence[int], kv_heads: int = 0) -> Scan:
+    """A window on each of the layers alone, lowest first, so that only one state of the unchanged model is held; and on
+    each of the `kv_heads` of those that fetch.
 
     Tasks that are no longer than the window have nothing to say, unless there are no others.
     """
     far = [task for task in trials.tasks if task.length is not None] or list(trials.tasks)
-    return Scan(
-        window,
-        {
-            task.name: {layer: trials.lost(task, {layer: LayerPlan("window", window)}) for layer in layers}
-            for task in far
-        },
-    )
+    lost = {
+        task.name: {layer: trials.lost(task, {layer: LayerPlan("window", window)}) for layer in layers} for task in far
+    }
+    found = Scan(window, lost)
+    for layer in found.fetching:
+        task = max(far, key=lambda task: lost[task.name][layer])
+        found.heads[layer] = [trials.head_lost(task, layer, window, head) for head in range(kv_heads)]
+    return found

@@ -82,8 +82,9 @@ class Settings:
         made: list[Task] = []
         for name in self.tasks:
             if name in NEAR:
+                near: Any = name
                 if not self.quick:
-                    made.append(tasks.bundled(name, tokenizer, self._count(NEAR[name][split]), self.seed, split))  # type: ignore[arg-type]
+                    made.append(tasks.bundled(near, tokenizer, self._count(NEAR[name][split]), self.seed, split))
             elif name in SCANNED or split == "judge" or not {*self.tasks} & {*SCANNED}:
                 made += self._retrieving(name, tokenizer, split)
         return made + [self._own(Path(file), tokenizer, split) for file in self.data]

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 
-from model_executors.attention_plan import AttentionPlan, LayerPlan
-from vllm_ext.offline.evaluator import Evaluator, Scores
+from model_executors.attention_plan import SINK, AttentionPlan, LayerPlan
+from vllm_ext.offline.attentions import attending
+from vllm_ext.offline.evaluator import Evaluator, Manipulation, Scores
 from vllm_ext.offline.model import OfflineModel
+from vllm_ext.planner.kv_heads import WindowedHead
 from vllm_ext.reports.journal import Journal
 from vllm_ext.tasks.items import Split, Task
 
@@ -41,11 +44,26 @@ class Trials:
             evaluator = self._evaluators[task.name]
             evaluator.forget(min(changes, default=self.num_layers))
             needed = self.fitted() if any(each.consolidation != "none" for each in plan.layers) else {}
-            found = evaluator.plan(changes, needed)
-            row = {**key, "scores": found.scores, "nll": found.nll}
-            self.journal.add(row)
-            self.tell(task.name, task.tokens)
+            row = self._written(key, evaluator.plan(changes, needed), task.tokens)
         return Scores(row["scores"], row["nll"])
+
+    def head_lost(self, task: Task, layer: int, window: int, head: int) -> float:
+        """Nats a token of the answers, where one KV head of one layer has a window."""
+        key = {"split": self.split, "task": task.name, "plan": {"layer": layer, "window": window, "kv_head": head}}
+        row = self.journal.get(**key)
+        if row is None:
+            evaluator, attention = self._evaluators[task.name], self.model().attention(layer)
+            evaluator.forget(layer)
+            with attending(attention, WindowedHead(window, SINK, head)):
+                row = self._written(key, evaluator.manipulated(Manipulation(layer)), task.tokens)
+        return _mean(row["nll"]) - _mean(self.scores(task, {}).nll)
+
+    def _written(self, key: dict[str, Any], found: Scores, tokens: int) -> dict[str, Any]:
+        """The row, written down."""
+        row = {**key, "scores": found.scores, "nll": found.nll}
+        self.journal.add(row)
+        self.tell(key["task"], tokens)
+        return row
 
     def lost(self, task: Task, changes: Changes) -> float:
         """Nats a token of the answers, beside the unchanged model; below 0 where it is surer."""

@@ -4,16 +4,16 @@ It changes the states of previous tokens: all of the prompt's but the last. The 
 after it flow as they are, but attend to what the previous ones have become.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
 
 from model_executors.attention_plan import LayerPlan
-from vllm_ext.offline.model import Plans
+from vllm_ext.offline.evaluator import Manipulation
 
-Name = Literal["random", "shuffle", "freeze", "skip", "drop"]
+Name = Literal["random", "shuffle", "freeze", "skip", "drop", "window"]
+WINDOW = 128
 NAMES: tuple[Name, ...] = get_args(Name)
 TITLES: dict[Name, str] = {
     "random": "random",
@@ -21,19 +21,8 @@ TITLES: dict[Name, str] = {
     "freeze": "freeze",
     "skip": "skip attention",
     "drop": "this layer's attention alone",
+    "window": "a window on this layer alone",
 }
-
-
-@dataclass(frozen=True)
-class Manipulation:
-    """What is done at one layer."""
-
-    layer: int
-    plans: Plans = field(default_factory=dict)
-    """What layers attend otherwise."""
-    edit: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
-    """From the states that enter the layer, `[batch, length, hidden_size]`, and which rows are previous tokens,
-    `[batch, length]`, to other states."""
 
 
 def manipulation(name: Name, layer: int, num_layers: int, seed: int) -> Manipulation:
@@ -41,7 +30,8 @@ def manipulation(name: Name, layer: int, num_layers: int, seed: int) -> Manipula
 
     *random* puts Gaussian vectors of the same norm in place of the previous tokens' states; *shuffle* permutes their
     dimensions, all in the same way; *freeze* keeps those states for all layers above; *skip* drops the attention from
-    here on, with the norm before it; *drop* does so in this layer alone.
+    here on, with the norm before it; *drop* does so in this layer alone, and *window* has it attend to its first tokens
+    and the last `WINDOW` alone.
     """
     above = range(layer, num_layers)
     if name == "freeze":
@@ -50,6 +40,8 @@ def manipulation(name: Name, layer: int, num_layers: int, seed: int) -> Manipula
         return Manipulation(layer, dict.fromkeys(above, LayerPlan("skip")))
     if name == "drop":
         return Manipulation(layer, {layer: LayerPlan("skip")})
+    if name == "window":
+        return Manipulation(layer, {layer: LayerPlan("window", WINDOW)})
     make = randomised if name == "random" else shuffled
     return Manipulation(layer, {}, lambda states, rows: torch.where(rows[..., None], make(states, seed), states))
 

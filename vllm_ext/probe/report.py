@@ -97,6 +97,8 @@ def layers_picture(results: Results, figures: dict[Key, Figure]) -> Picture | No
     for task in results.header["tasks"]:
         unchanged = figures[Key("none", -1, task)].value
         dropped = {key.layer: found.value for key, found in figures.items() if (key.name, key.task) == ("drop", task)}
+        near = {key.layer: found.value for key, found in figures.items() if (key.name, key.task) == ("window", task)}
+        rows[f"{task} kept with a window"] = {layer: value / unchanged for layer, value in near.items() if unchanged}
         rows[f"{task} kept without it"] = {layer: value / unchanged for layer, value in dropped.items() if unchanged}
     rows = {name: row for name, row in rows.items() if row}
     if not rows:

@@ -14,18 +14,19 @@ import torch
 
 from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.errors import UsageError
-from vllm_ext.offline.evaluator import Evaluator
+from vllm_ext.offline.evaluator import Evaluator, Manipulation
 from vllm_ext.offline.model import OfflineModel, read_tokenizer
 from vllm_ext.probe.attention import looks
 from vllm_ext.probe.injection import Pairs
 from vllm_ext.probe.manipulations import NAMES as MANIPULATIONS
-from vllm_ext.probe.manipulations import Manipulation, manipulation
 from vllm_ext.probe.manipulations import Name as ManipulationName
+from vllm_ext.probe.manipulations import manipulation
 from vllm_ext.progress import progress
 from vllm_ext.reports.journal import Journal
+from vllm_ext.tasks import retrieval
 from vllm_ext.tasks.files import read_task
 from vllm_ext.tasks.items import Task
-from vllm_ext.tasks.tasks import NAMES, SUMMARY_TOKENS, Name, bundled
+from vllm_ext.tasks.tasks import NAMES, SUMMARY_TOKENS, bundled
 from vllm_ext.versions import offline_versions
 
 RESULTS = "results.jsonl"
@@ -41,19 +42,21 @@ class Settings:
 
     """
 
-    tasks: tuple[Name, ...] = NAMES
+    tasks: tuple[str, ...] = (*NAMES, "needle")
     data: tuple[str, ...] = ()
     """Files with tasks of the user's own."""
     manipulations: tuple[ManipulationName, ...] = MANIPULATIONS
+    lengths: tuple[int, ...] = (512,)
+    """Tokens of the items of tasks that retrieve."""
     items: int = 40
-    """Of each task; of prose and summaries, whose items are long, a fifth as many."""
+    """Of each task; of those whose items are long, a fifth as many."""
     every: int = 1
     """Only every so many layers, the lowest first."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         for option, values, known in (
-            ("--task", self.tasks, NAMES),
+            ("--task", self.tasks, (*NAMES, *retrieval.NAMES)),
             ("--manipulation", self.manipulations, MANIPULATIONS),
         ):
             for value in values:
@@ -67,7 +70,24 @@ class Settings:
 
     def count(self, name: str) -> int:
         """How many items that task has."""
-        return max(self.items // 5, 1) if name in ("prose", "summaries") else self.items
+        return max(self.items // 5, 1) if name in ("prose", "summaries", *retrieval.NAMES) else self.items
+
+    def made(self, tokenizer: Any) -> list[Task]:
+        """The tasks; those that retrieve at every length.
+
+        Raises:
+            UsageError: for a package that is missing, or a file that cannot be used.
+
+        """
+        made: list[Task] = []
+        for name in self.tasks:
+            kind: Any = name
+            if name in NAMES:
+                made.append(bundled(kind, tokenizer, self.count(name), self.seed))
+            else:
+                far = self.lengths
+                made += [retrieval.retrieval(kind, tokenizer, each, self.count(name), self.seed) for each in far]
+        return made + [read_task(Path(file), tokenizer, self.items, self.seed) for file in self.data]
 
 
 @dataclass(frozen=True)
@@ -101,8 +121,7 @@ def probe(source: Checkpoint, out: Path, settings: Settings) -> Results:
     """
     source.check_weights()
     tokenizer = read_tokenizer(source)
-    tasks = [bundled(name, tokenizer, settings.count(name), settings.seed) for name in settings.tasks]
-    tasks += [read_task(Path(file), tokenizer, settings.items, settings.seed) for file in settings.data]
+    tasks = settings.made(tokenizer)
     if len({task.name for task in tasks}) < len(tasks):
         raise UsageError("two tasks have one name; rename a file of --data")
     header = {
