@@ -103,4 +103,4 @@ class EndpointPlugin:
         """Work the report out once; without an engine there is no plan."""
         state.plan_report = None if engine_client is None else PlanReport.of(engine_client.vllm_config)
         if state.plan_report is not None and state.plan_report.name != "stock":
-            logger.info(state.plan_report.judged_line)
+            logger.log(logging.INFO if state.plan_report.judged else logging.WARNING, state.plan_report.judged_line)
