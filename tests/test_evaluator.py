@@ -10,7 +10,7 @@ from tests.tiny import NUM_LAYERS, prompts
 from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.offline import evaluator
 from vllm_ext.offline.evaluator import Evaluator
-from vllm_ext.offline.model import Changed, OfflineModel, generate
+from vllm_ext.offline.model import OfflineModel, PlannedModel, generate
 from vllm_ext.probe.manipulations import Manipulation, manipulation
 from vllm_ext.tasks.items import Item, Task
 
@@ -51,7 +51,7 @@ def test_states_let_go_of_are_made_again(model):
 def test_counts_tokens_or_whole_answers(model):
     """The answers are the model's own but for one token of the first."""
     asked = torch.tensor(prompts((12, 12)))
-    own = generate(Changed(model), asked, 4).tolist()
+    own = generate(PlannedModel(model), asked, 4).tolist()
     own[0][3] = (own[0][3] + 1) % 256
     items = tuple(Item(tuple(prompt), tuple(answer)) for prompt, answer in zip(asked.tolist(), own, strict=True))
     assert Evaluator(model, Task("t", "answers", items)).manipulated(Manipulation(0)).scores == [0.0, 1.0]

@@ -10,7 +10,7 @@ from tests.tiny import NUM_LAYERS, prompts
 from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.offline.batch import Batch
 from vllm_ext.offline.evaluator import Evaluator
-from vllm_ext.offline.model import Changed, OfflineModel, generate
+from vllm_ext.offline.model import OfflineModel, PlannedModel, generate
 from vllm_ext.probe.injection import Pairs
 from vllm_ext.probe.manipulations import NAMES, injected, manipulation, randomised, shuffled
 from vllm_ext.tasks.items import Item, Task
@@ -99,7 +99,7 @@ def test_injects_the_state_of_another_prompts_token(tiny_models, model, layer):
     pairs.entered = [model.enter(batch.tokens) for batch in (pairs.own, pairs.others, donors)]
     given = pairs.entered[2].state(model, layer)[torch.arange(2)[:, None], torch.tensor(pairs.places)]
     states = injected(pairs.entered[0].state(model, layer), pairs.places, given)
-    left = Changed(model).run(pairs.entered[0], states, layer)
+    left = PlannedModel(model).run(pairs.entered[0], states, layer)
     ours = torch.cat(list(model.logits(left[pairs.own.answering_rows]))).split([2, 1])
 
     plain = AutoModelForCausalLM.from_pretrained(tiny_models("Llama"), dtype=torch.float32)
@@ -129,7 +129,7 @@ def test_writes_as_if_each_pass_were_whole(tiny_models, model, name):
     rows = torch.zeros_like(asked, dtype=torch.bool)
     rows[:, :-1] = True
     edit = done.edit and (lambda states: done.edit(states, rows))
-    written = generate(Changed(model, done.plans, {}, rows), asked, 5, done.layer, edit)
+    written = generate(PlannedModel(model, done.plans, {}, rows), asked, 5, done.layer, edit)
     items = tuple(
         Item(tuple(prompt), tuple(answer)) for prompt, answer in zip(asked.tolist(), written.tolist(), strict=True)
     )

@@ -11,7 +11,7 @@ from tests.tiny import CONFIGS, NUM_LAYERS, prompts
 from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.offline.attentions import QUERIES_AT_ONCE, window_attention
 from vllm_ext.offline.batch import Batch
-from vllm_ext.offline.model import Changed, OfflineModel, generate
+from vllm_ext.offline.model import OfflineModel, PlannedModel, generate
 from vllm_ext.tasks.items import Item
 
 WINDOW = 8
@@ -45,7 +45,7 @@ def test_a_batch_has_the_references_logits(tiny_models, tmp_path, name):
     model, reference = open_planned(tiny_models("Llama"), tmp_path, PLANS[name])
     batch = Batch.of(ITEMS, model.device)
     entered = model.enter(batch.tokens)
-    changed = Changed(model, PLANS[name], reference.fitted, batch.prompt_rows)
+    changed = PlannedModel(model, PLANS[name], reference.fitted, batch.prompt_rows)
     first = min(PLANS[name], default=NUM_LAYERS)
     left = changed.run(entered, entered.state(model, first), first)
     found = torch.cat(list(model.logits(left[batch.answering_rows]))).log_softmax(-1)
@@ -65,7 +65,7 @@ def test_every_family_has_the_references_logits(tiny_models, tmp_path, family):
     model, reference = open_planned(tiny_models(family), tmp_path, changes)
     batch = Batch.of([ITEMS[0]], model.device)
     entered = model.enter(batch.tokens)
-    left = Changed(model, changes, reference.fitted, batch.prompt_rows).run(entered, entered.state(model, 0), 0)
+    left = PlannedModel(model, changes, reference.fitted, batch.prompt_rows).run(entered, entered.state(model, 0), 0)
     found = torch.cat(list(model.logits(left[batch.answering_rows]))).log_softmax(-1)
     reference.prompt_length = len(ITEMS[0].prompt)
     with torch.no_grad():
@@ -80,7 +80,7 @@ def test_generates_what_the_reference_answers(tiny_models, tmp_path, family, nam
     model, reference = open_planned(tiny_models(family), tmp_path, changes)
     asked = prompts((40, 40))
     tokens = torch.tensor(asked)
-    changed = Changed(model, changes, reference.fitted, torch.ones_like(tokens, dtype=torch.bool))
+    changed = PlannedModel(model, changes, reference.fitted, torch.ones_like(tokens, dtype=torch.bool))
     assert generate(changed, tokens, 8).tolist() == [reference.answer(prompt, 8).tokens for prompt in asked]
 
 

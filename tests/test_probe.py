@@ -14,7 +14,7 @@ from vllm_ext.cli.main import app
 from vllm_ext.errors import UsageError
 from vllm_ext.offline.model import OfflineModel
 from vllm_ext.probe import run
-from vllm_ext.probe.attention import WINDOW, looks
+from vllm_ext.probe.attention import WINDOW, attention_stats
 from vllm_ext.probe.run import Settings, probe
 
 SETTINGS = Settings(("capitals", "prose", "summaries"), items=5, every=2)
@@ -116,7 +116,7 @@ def test_what_an_attention_looks_at(tiny_models, family):
     folder = tiny_models(family)
     model = OfflineModel(Checkpoint.open(str(folder), weights=True))
     tokens = torch.randint(3, 256, (2, WINDOW + 20), generator=torch.Generator().manual_seed(0))
-    found = looks(model, 3, [model.enter(tokens)])
+    found = attention_stats(model, 3, [model.enter(tokens)])
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     streams = []
     layer = plain.model.layers[3]

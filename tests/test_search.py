@@ -8,7 +8,7 @@ from tests.tiny import NUM_LAYERS, prompts
 from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.offline.attentions import stock_attention, window_attention
 from vllm_ext.offline.fit import fit_passages
-from vllm_ext.offline.model import Changed, OfflineModel, generate, load
+from vllm_ext.offline.model import OfflineModel, PlannedModel, generate, load
 from vllm_ext.planner.kv_heads import WindowedHead
 from vllm_ext.planner.linear import LINEAR, fit_alone
 from vllm_ext.planner.scan import Scan, scan
@@ -32,7 +32,7 @@ def planted(stock, attending):
 
 def trials(model, out):
     asked = torch.tensor(prompts((40,) * 6))
-    own = generate(Changed(model), asked, 6).tolist()
+    own = generate(PlannedModel(model), asked, 6).tolist()
     items = tuple(Item(tuple(prompt), tuple(answer)) for prompt, answer in zip(asked.tolist(), own, strict=True))
     tasks = [Task("one", "answers", items[:3], length=46), Task("other", "answers", items[3:])]
     journal = Journal(out / "trials" / "trials.jsonl", {}, KEYS)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from vllm_ext.offline.model import Changed, Fitted, OfflineModel, Plans
+from vllm_ext.offline.model import Fitted, OfflineModel, PlannedModel, Plans
 from vllm_ext.progress import progress
 
 PASSAGES_AT_ONCE = 4
@@ -77,7 +77,7 @@ def _states(model: OfflineModel, passages: torch.Tensor, part: StudentLayers) ->
     entered = model.enter(passages.to(model.device))
     kept: list[torch.Tensor] = []
     if part.layers:
-        changed, entering = Changed(model, part.plans, part.fitted), entered.states[0]
+        changed, entering = PlannedModel(model, part.plans, part.fitted), entered.states[0]
         for number in range(len(model.layers) - part.layers):
             entering = changed.layer(number, entering, entered)
         kept = [entering]

@@ -11,7 +11,7 @@ from torch import nn
 from model_executors.heads.character_head import PAD, CharacterHead
 from model_executors.heads.head_plan import HeadShape, head_tensor_name
 from vllm_ext.heads.states import StudentLayers
-from vllm_ext.offline.model import Changed, Entered, OfflineModel
+from vllm_ext.offline.model import Activations, OfflineModel, PlannedModel
 
 ROWS_AT_ONCE = 128
 RIDGE = 1e-2
@@ -90,7 +90,7 @@ class Student(nn.Module):
     def forward(
         self,
         entering: torch.Tensor,
-        entered: Entered | None = None,
+        entered: Activations | None = None,
         tokens: torch.Tensor | None = None,
         leaving: torch.Tensor | None = None,
         temperature: float = 1.0,
@@ -117,13 +117,13 @@ class Student(nn.Module):
             return Divergence.apply(places, leaving, self, temperature)
         return self.head.spelling.sums(places).log_softmax(-1)
 
-    def _through_layers(self, states: torch.Tensor, entered: Entered | None) -> torch.Tensor:
+    def _through_layers(self, states: torch.Tensor, entered: Activations | None) -> torch.Tensor:
         """To what leaves the last layer, `[rows, hidden_size]`."""
         if self.part.layers:
             if entered is None:  # no layer attends, so what is made for any tokens will do
                 states = states[None]
                 entered = self.model.enter(torch.zeros(states.shape[:2], dtype=torch.long, device=states.device))
-            changed = Changed(self.model, self.part.plans, self.part.fitted)
+            changed = PlannedModel(self.model, self.part.plans, self.part.fitted)
             for number in self.top:
                 states = changed.layer(number, states, entered)
         return states.flatten(0, -2)

@@ -17,7 +17,7 @@ from torch import nn
 from vllm_ext.errors import UsageError
 from vllm_ext.heads.states import States, rows
 from vllm_ext.heads.student import Student
-from vllm_ext.offline.model import Entered, OfflineModel
+from vllm_ext.offline.model import Activations, OfflineModel
 from vllm_ext.progress import progress
 
 Loss = Literal["vocabulary", "places"]
@@ -72,7 +72,7 @@ class Batch:
 
     entering: torch.Tensor
     leaving: torch.Tensor
-    entered: Entered | None = None
+    entered: Activations | None = None
 
 
 class Batches:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from vllm_ext.offline.batch import Batch
-from vllm_ext.offline.model import Changed, Entered, Fitted, OfflineModel, Plans, generate
+from vllm_ext.offline.model import Activations, Fitted, OfflineModel, PlannedModel, Plans, generate
 from vllm_ext.tasks.items import Item, Task
 from vllm_ext.tasks.tasks import SUMMARY_TOKENS
 from vllm_ext.tasks.texts import missing
@@ -44,7 +44,7 @@ class Evaluator:
         """`tokenizer` reads what is written, for summaries."""
         self.model, self.task, self.tokenizer = model, task, tokenizer
         self.order = sorted(range(len(task.items)), key=lambda number: _length(task.items[number]))
-        self.batches: list[tuple[Batch, Entered | None]] = []
+        self.batches: list[tuple[Batch, Activations | None]] = []
         for items in _batches([task.items[number] for number in self.order]):
             batch = Batch.of(items, model.device)
             entered = None if task.score == "summaries" else model.enter(batch.tokens)
@@ -70,7 +70,7 @@ class Evaluator:
         scores: list[float] = []
         nll: list[float] = []
         for batch, entered in self.batches:
-            changed = Changed(self.model, manipulation.plans, fitted, frozen_rows(batch))
+            changed = PlannedModel(self.model, manipulation.plans, fitted, frozen_rows(batch))
             if entered is None:
                 scores += self._written(batch, changed, manipulation, len(scores))
                 continue
@@ -84,7 +84,7 @@ class Evaluator:
                 nll.append(float(lost.mean()))
         return Scores(self._in_order(scores), self._in_order(nll))
 
-    def _written(self, batch: Batch, changed: Changed, manipulation: Manipulation, start: int) -> list[float]:
+    def _written(self, batch: Batch, changed: PlannedModel, manipulation: Manipulation, start: int) -> list[float]:
         """ROUGE-L's F of what the model writes, up to its first line's end."""
         edit = manipulation.edit
         rows = batch.previous_rows

@@ -67,12 +67,12 @@ class OfflineModel:
         return getattr(self.layers[number], self.family.attention)
 
     @torch.no_grad()
-    def enter(self, tokens: torch.Tensor, **settings: Any) -> "Entered":
+    def enter(self, tokens: torch.Tensor, **settings: Any) -> "Activations":
         """What enters layer 0, and what the model gives each layer beside it; `settings` go to the decoder."""
         calls = [Call() for _ in self.layers]
         with self._in_place_of_layers(calls):
             self.decoder(tokens, **{"use_cache": False} | settings)
-        return Entered(calls[0].hidden_states, calls)
+        return Activations(calls[0].hidden_states, calls)
 
     def logits(self, hidden_states: torch.Tensor) -> Iterator[torch.Tensor]:
         """`[rows, hidden_size]` that leave the last layer to float32 `[some rows, vocab_size]`, some rows at a time."""
@@ -95,7 +95,7 @@ class OfflineModel:
             self.decoder.layers = self.layers
 
 
-class Entered:
+class Activations:
     """A batch that has entered the model: the states that the unchanged model makes of it, where they are needed."""
 
     def __init__(self, hidden_states: torch.Tensor, calls: Sequence["Call"]) -> None:
@@ -107,7 +107,7 @@ class Entered:
         start = max(known for known in self.states if known <= number)
         hidden_states = self.states[start]
         for layer in range(start, number):
-            hidden_states = Changed(model).layer(layer, hidden_states, self)
+            hidden_states = PlannedModel(model).layer(layer, hidden_states, self)
         self.states[number] = hidden_states
         return hidden_states
 
@@ -116,7 +116,7 @@ class Entered:
         self.states = {layer: state for layer, state in self.states.items() if layer == 0 or layer >= number}
 
 
-class Changed:
+class PlannedModel:
     """A model whose layers have other attentions, as a plan says.
 
     `fitted` are the plan's tensors by their names in a checkpoint. `frozen_rows` `[batch, length]` are those whose K
@@ -134,13 +134,13 @@ class Changed:
         self.frozen: torch.Tensor | None = None
         self.frozen_kv: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def run(self, entered: Entered, hidden_states: torch.Tensor, first: int) -> torch.Tensor:
+    def run(self, entered: Activations, hidden_states: torch.Tensor, first: int) -> torch.Tensor:
         """From what enters layer `first` to what leaves the last, both `[batch, length, hidden_size]`."""
         for number in range(first, len(self.model.layers)):
             hidden_states = self.layer(number, hidden_states, entered)
         return hidden_states
 
-    def layer(self, number: int, hidden_states: torch.Tensor, entered: Entered) -> torch.Tensor:
+    def layer(self, number: int, hidden_states: torch.Tensor, entered: Activations) -> torch.Tensor:
         """`[batch, length, hidden_size]` through one layer."""
         plan = self.plans.get(number, FULL)
         layer, attention, call = self.model.layers[number], self.model.attention(number), entered.calls[number]
@@ -167,7 +167,7 @@ class Changed:
 
 @torch.no_grad()
 def generate(
-    changed: Changed,
+    changed: PlannedModel,
     prompts: torch.Tensor,
     tokens: int,
     first: int | None = None,
@@ -180,8 +180,8 @@ def generate(
     model, cache, given = changed.model, DynamicCache(), []
     entering = prompts
     for step in range(tokens):
-        places = torch.arange(entering.shape[1], device=model.device) + (prompts.shape[1] + step - 1 if step else 0)
-        entered = model.enter(entering, use_cache=True, past_key_values=cache, position_ids=places[None])
+        positions = torch.arange(entering.shape[1], device=model.device) + (prompts.shape[1] + step - 1 if step else 0)
+        entered = model.enter(entering, use_cache=True, past_key_values=cache, position_ids=positions[None])
         hidden_states = entered.states[0]
         for number in range(len(model.layers)):
             if step == 0 and number == first and edit is not None:

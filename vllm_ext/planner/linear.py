@@ -12,12 +12,12 @@ import torch
 from model_executors.attention_plan import tensor_name
 from vllm_ext.offline.attentions import Seen
 from vllm_ext.offline.fit import Moments
-from vllm_ext.offline.model import Entered, OfflineModel
+from vllm_ext.offline.model import Activations, OfflineModel
 from vllm_ext.planner.search import LINEAR
 
 
 @torch.no_grad()
-def fit_alone(model: OfflineModel, texts: Sequence[Entered], layers: Sequence[int]) -> dict[str, torch.Tensor]:
+def fit_alone(model: OfflineModel, texts: Sequence[Activations], layers: Sequence[int]) -> dict[str, torch.Tensor]:
     """The linear map of each of `layers`, by its name in a checkpoint; `texts` have entered the model."""
     made: dict[str, torch.Tensor] = {}
     for number in range(max(layers, default=-1) + 1):

@@ -17,7 +17,7 @@ from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.costs import Shape, saved_kv
 from vllm_ext.errors import UsageError
 from vllm_ext.offline.batch import Batch
-from vllm_ext.offline.model import Entered, OfflineModel, read_tokenizer
+from vllm_ext.offline.model import Activations, OfflineModel, read_tokenizer
 from vllm_ext.planner.judge import Judged, judge
 from vllm_ext.planner.linear import fit_alone
 from vllm_ext.planner.scan import Scan, scan
@@ -135,7 +135,7 @@ class Planner:
         """The linear map of every layer."""
         return fit_alone(self._model, list(self._calibration()), self.layers)
 
-    def _calibration(self) -> Iterator[Entered]:
+    def _calibration(self) -> Iterator[Activations]:
         """Text to fit on, four passages at a time, where they enter the model."""
         longest = getattr(self.config, "max_position_embeddings", CALIBRATION_LENGTH)
         length = min(CALIBRATION_LENGTH, longest)

@@ -1,6 +1,6 @@
 """What each layer's attention looks at, and how much it changes, on prose.
 
-A window with a constant sink can stand for an attention that looks at its neighbourhood and the first token. One that
+A window with the first tokens can stand for an attention that looks at its neighbourhood and the first token. One that
 hardly changes the stream can be left out, by the criterion of *What Matters in Transformers?* (arXiv 2406.15786): the
 cosine of the stream before and after it.
 """
@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from vllm_ext.offline.attentions import Attend, attending, capped
-from vllm_ext.offline.model import Entered, OfflineModel
+from vllm_ext.offline.model import Activations, OfflineModel
 
 WINDOW = 128
 
 
 @dataclass(frozen=True)
-class Looks:
+class AttentionStats:
     """Means over heads and over the tokens of texts that have more than a window before them."""
 
     sink: float
@@ -31,7 +31,7 @@ class Looks:
 
 
 @torch.no_grad()
-def looks(model: OfflineModel, number: int, batches: Sequence[Entered]) -> Looks:
+def attention_stats(model: OfflineModel, number: int, batches: Sequence[Activations]) -> AttentionStats:
     """Of one layer of the unchanged model; every text is longer than `WINDOW` tokens."""
     layer, attention = model.layers[number], model.attention(number)
     seen = torch.zeros(2)
@@ -55,7 +55,7 @@ def looks(model: OfflineModel, number: int, batches: Sequence[Entered]) -> Looks
         similar += torch.nn.functional.cosine_similarity(states, changed, dim=-1).mean().item() * len(states)
         rows += len(states)
     sink, window = (seen / rows).tolist()
-    return Looks(sink, window, similar / rows)
+    return AttentionStats(sink, window, similar / rows)
 
 
 def _norm_after(layer: Any, input_norm: str | None) -> Any:

@@ -14,7 +14,7 @@ import torch
 
 from vllm_ext.offline.batch import Batch
 from vllm_ext.offline.evaluator import score
-from vllm_ext.offline.model import Changed, OfflineModel
+from vllm_ext.offline.model import OfflineModel, PlannedModel
 from vllm_ext.probe.manipulations import injected
 from vllm_ext.tasks import texts
 from vllm_ext.tasks.items import Item, item
@@ -55,7 +55,7 @@ class Pairs:
         self.count = len(pairs)
         if not pairs:
             return
-        self.places = _differing([(one.prompt, other.prompt) for one, other in pairs])
+        self.positions = _differing([(one.prompt, other.prompt) for one, other in pairs])
         self.own = Batch.of([one for one, _ in pairs], model.device)
         self.others = Batch.of([Item(one.prompt, other.answer) for one, other in pairs], model.device)
         donors = Batch.of([Item(other.prompt, ()) for one, other in pairs], model.device)
@@ -64,10 +64,10 @@ class Pairs:
     def at(self, layer: int) -> Followed:
         """With the states that enter that layer exchanged."""
         own, others, donors = (entered.state(self.model, layer) for entered in self.entered)
-        given = donors[torch.arange(self.count)[:, None], torch.tensor(self.places)]
+        given = donors[torch.arange(self.count)[:, None], torch.tensor(self.positions)]
         found = []
         for batch, entered, states in zip((self.own, self.others), self.entered, (own, others), strict=False):
-            left = Changed(self.model).run(entered, injected(states, self.places, given), layer)
+            left = PlannedModel(self.model).run(entered, injected(states, self.positions, given), layer)
             found.append([float(right.all()) for right, _ in score(self.model, batch, left)])
         for entered in self.entered:
             entered.forget(layer)
@@ -75,10 +75,10 @@ class Pairs:
 
 
 def _differing(prompts: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[list[int]]:
-    """The places in which the two of each pair differ, filled up with the last of them to as many for each."""
-    places = [[at for at, (a, b) in enumerate(zip(one, other, strict=True)) if a != b] for one, other in prompts]
-    most = max(map(len, places))
-    return [each + each[-1:] * (most - len(each)) for each in places]
+    """The positions in which the two of each pair differ, filled up with the last of them to as many for each."""
+    positions = [[at for at, (a, b) in enumerate(zip(one, other, strict=True)) if a != b] for one, other in prompts]
+    most = max(map(len, positions))
+    return [each + each[-1:] * (most - len(each)) for each in positions]
 
 
 def _asked(country: str, city: str) -> str:

@@ -59,13 +59,13 @@ def shuffled(states: torch.Tensor, seed: int) -> torch.Tensor:
     return states[..., order.to(states.device)]
 
 
-def injected(states: torch.Tensor, places: Sequence[Sequence[int]], others: torch.Tensor) -> torch.Tensor:
+def injected(states: torch.Tensor, positions: Sequence[Sequence[int]], others: torch.Tensor) -> torch.Tensor:
     """Put the states of another prompt's tokens in the place of these.
 
-    `states` are `[batch, length, hidden_size]`; `places` the rows of each prompt, as many in all; `others` `[batch,
-    number of places, hidden_size]`.
+    `states` are `[batch, length, hidden_size]`; `positions` the rows of each prompt, as many in all; `others` `[batch,
+    number of positions, hidden_size]`.
     """
     changed = states.clone()
     batch = torch.arange(len(states))[:, None]
-    changed[batch, torch.tensor(places)] = others
+    changed[batch, torch.tensor(positions)] = others
     return changed

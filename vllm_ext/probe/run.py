@@ -16,7 +16,7 @@ from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.errors import UsageError
 from vllm_ext.offline.evaluator import Evaluator, Manipulation
 from vllm_ext.offline.model import OfflineModel, read_tokenizer
-from vllm_ext.probe.attention import looks
+from vllm_ext.probe.attention import attention_stats
 from vllm_ext.probe.injection import Pairs
 from vllm_ext.probe.manipulations import NAMES as MANIPULATIONS
 from vllm_ext.probe.manipulations import Name as ManipulationName
@@ -188,7 +188,7 @@ def _work(key: Key, tokens: int, num_layers: int) -> int:
 def _result(model: OfflineModel, key: Key, asked: Evaluator, pairs: Pairs | None, seed: int) -> dict[str, Any]:
     if key.name == "looks":
         entered = [each for _, each in asked.batches if each is not None]
-        return asdict(looks(model, key.layer, entered[:LOOKS_PASSAGES]))
+        return asdict(attention_stats(model, key.layer, entered[:LOOKS_PASSAGES]))
     if key.name == "injection":
         assert pairs is not None
         return {"prompt": [], "injected": []} if not pairs.count else asdict(pairs.at(key.layer))

@@ -94,9 +94,9 @@ def _prompt(tokenizer: Any, puzzle: Puzzle, sentences: Sequence[str], length: in
             del words[-max(1, len(words) // 8) :]
         room -= _tokens(tokenizer, " " + " ".join(words)) if words else room
         text.append(" ".join(words))
-    places = [round(depth * len(text)) for depth in puzzle.depths]
-    for place, each in sorted(zip(places, puzzle.hidden, strict=True), reverse=True):
-        text.insert(place, each)
+    positions = [round(depth * len(text)) for depth in puzzle.depths]
+    for position, each in sorted(zip(positions, puzzle.hidden, strict=True), reverse=True):
+        text.insert(position, each)
     return " ".join(text) + puzzle.question
 
 
