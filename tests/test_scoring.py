@@ -1,12 +1,18 @@
 """Scores from vLLM against a plain transformers loop."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
+import torch
+from vllm import SamplingParams
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
 
 from model_executors.attention_plan import LayerPlan
 from tests.engines import engine
 from tests.reference import Reference
 from tests.tiny import prompts
-from vllm_ext.quality.scoring import ForceTokens, generate, score_answers, score_prompts
+from vllm_ext.quality.scoring import FORCED, ForceTokens, generate, score_answers, score_prompts
 
 LENGTHS = (8, 129, 200)
 SETTINGS = {"logits_processors": [ForceTokens], "async_scheduling": False, "max_num_batched_tokens": 150}
@@ -64,3 +70,21 @@ def test_progress_adds_up(scored):
     texts, as_prompts, _, _, progress, _ = scored
     tokens = sum(map(len, texts))
     assert sum(progress) == tokens * (3 if as_prompts else 2) - TOKENS * len(texts)
+
+
+def test_tokens_are_forced_under_v2_too():
+    """Against its interface, since none of its engines runs on a CPU: rows move, and slots are used again."""
+    assert issubclass(ForceTokens, LogitsProcessorV2)
+    hook = ForceTokens(None, SimpleNamespace(prompt_len=SimpleNamespace(np=np.array([4, 2, 9]))))
+    assert hook.add_request(0, SamplingParams(extra_args={FORCED: [3, 1]}))
+    assert not hook.add_request(1, SamplingParams())
+    assert hook.add_request(2, SamplingParams(extra_args={FORCED: [0, 2]}))
+
+    def chosen(requests, seq_lens):
+        step = SimpleNamespace(idx_mapping_np=np.array(requests), seq_lens_upper_bound_np=np.array(seq_lens))
+        return hook.apply(torch.tensor([[0.0, 1, 2, 3, 9]] * len(requests)), step).argmax(-1).tolist()
+
+    assert chosen([2, 1, 0], [5, 2, 4]) == [4, 4, 3]  # of the first a prompt is prefilled in chunks
+    assert chosen([0, 2], [5, 9]) == [1, 0]
+    assert not hook.add_request(0, SamplingParams())
+    assert chosen([0, 2], [4, 10]) == [4, 2]

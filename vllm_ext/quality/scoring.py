@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from vllm import LLM, RequestOutput, SamplingParams
+from vllm.config import VllmConfig
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
 
 from vllm_ext.engine import engine_args
 from vllm_ext.quality.work import MAX_TOKENS, Asked, Replies
@@ -22,8 +24,36 @@ GROUP_TOKENS = 16_384
 """Prompt tokens handed to the engine at once, so that progress is seen."""
 
 
-class ForceTokens(AdapterLogitsProcessor):
-    """Makes a request's answer the tokens it names in `extra_args`."""
+class ForceTokens(AdapterLogitsProcessor, LogitsProcessorV2):
+    """Makes a request's answer the tokens it names in `extra_args`, under either of vLLM's model runners."""
+
+    def __init__(self, vllm_config: VllmConfig, *state: Any) -> None:
+        """`state` is V2's of all requests, or V1's device and whether memory is pinned."""
+        if len(state) == 1:
+            self.prompt_len = state[0].prompt_len
+            self.forced: dict[int, list[int]] = {}
+        else:
+            super().__init__(vllm_config, *state)
+
+    def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
+        """V2: whether it changes the logits of the request that is the `req_idx`th of V2's table from now on."""
+        self.forced.pop(req_idx, None)
+        forced = (sampling_params.extra_args or {}).get(FORCED)
+        if forced is not None:
+            self.forced[req_idx] = forced
+        return forced is not None
+
+    def apply(self, logits: torch.Tensor, *context: Any) -> torch.Tensor:
+        """`[num_reqs, vocab_size]`; with V2's context of the step, else V1's way."""
+        if not context:
+            return super().apply(logits)
+        (step,) = context
+        for row, (request, tokens) in enumerate(zip(step.idx_mapping_np, step.seq_lens_upper_bound_np, strict=False)):
+            forced, answered = self.forced.get(int(request)), int(tokens - self.prompt_len.np[request])
+            if forced is not None and answered >= 0:  # else a prompt is still being prefilled
+                logits[row].fill_(-torch.inf)
+                logits[row, forced[answered]] = 0
+        return logits
 
     def is_argmax_invariant(self) -> bool:
         """It decides what is chosen."""
