@@ -9,6 +9,7 @@ from contextlib import redirect_stdout, suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import typer
@@ -52,6 +53,14 @@ def test_the_readme_is_read_in_two_minutes():
     assert len(README.encode()) <= 8192
     for folder in ("vllm_ext", "model_executors", "loadtests", "deploy", "tests"):
         assert f"({folder}/README.md)" in README
+
+
+def test_its_one_picture_is_small_and_follows_the_readers_theme():
+    (name,) = re.findall(r"!\[[^]]+\]\(([^)]+)\)", README)
+    picture = (ROOT / name).read_text()
+    assert len(picture) < 100_000
+    assert ElementTree.fromstring(picture).tag.endswith("svg")
+    assert "prefers-color-scheme: dark" in picture
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
