@@ -145,3 +145,11 @@ def test_what_v1_says_of_prompts_is_taken(tiny_models):
     FrozenPrompts(config, torch.device("cpu"), False)
     prefilling = torch.tensor([True, False])
     assert in_prompt(SimpleNamespace(is_prefilling=prefilling), config) is prefilling
+
+
+@pytest.mark.parametrize("changes", [FREEZE, {5: LayerPlan("skip")}, {2: LayerPlan("window", 8)}], ids=str)
+def test_nothing_of_ours_keeps_vllm_from_its_newer_runner(tiny_models, changes):
+    config = configure(tiny_models("Llama"), changes)
+    assert config._get_v2_model_runner_unsupported_features() == []
+    for name in config.model_config.logits_processors or []:
+        v2_validator(name)
