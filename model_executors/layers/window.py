@@ -10,6 +10,7 @@ from typing import Any
 
 from vllm.config import CacheConfig, VllmConfig
 from vllm.model_executor.layers.attention import Attention
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
 
@@ -88,8 +89,12 @@ def window_backend(stock: Backend) -> Backend:
         ValueError: where there is none.
 
     """
-    if stock.get_name() == "CPU_ATTN":
-        from model_executors.layers.window_cpu import WindowBackend
+    if current_platform.is_cpu():
+        from model_executors.layers import window_cpu
 
-        return WindowBackend
-    raise ValueError(f"window layers do not work with attention backend {stock.get_name()}; choose another")
+        return window_cpu.WindowBackend
+    if current_platform.is_cuda_alike() and not stock.is_mla():
+        from model_executors.layers import window_triton
+
+        return window_triton.WindowBackend
+    raise ValueError(f"window layers do not work with attention backend {stock.get_name()}; leave all layers full")

@@ -1,0 +1,185 @@
+"""Window layers' attention by itself: what each device's kernels make of a step, against attention written out.
+
+The kernels for GPUs run in Triton's interpreter, in a process of its own (`python -m tests.test_window_kernels`), since
+vLLM for CPUs leaves Triton out. That proves their arithmetic, not what a GPU's compiler makes of them.
+"""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+KV_HEADS, GROUPS, SIZE, SCALE = 2, 2, 32, 0.3
+# Of each request of a step, how many tokens are computed already, and how many are new.
+DECODE = ((0, 1), (5, 1), (15, 1), (19, 1), (20, 1), (100, 1))
+MIXED = ((0, 1), (100, 1), (0, 100), (50, 5), (3, 70), (31, 33), (200, 1), (63, 1))
+SPECULATED = ((60, 5), (16, 4), (200, 8))
+
+
+def step(requests, window, sink, block, dtype, write, softcap=0.0):
+    """A step's block tables, bounds, lengths and queries, after `write` has put keys and values into the cache; and
+    what it is to answer. What lies between sink and window when the step begins is given back: its blocks are block 0.
+    """
+    chosen = torch.Generator().manual_seed(0)
+    blocks = iter((torch.randperm(199, generator=chosen) + 1).tolist())
+    table = torch.zeros(len(requests), 24, dtype=torch.int32)
+    bounds, queries, expected = [0], [], []
+    for number, (computed, new) in enumerate(requests):
+        length = computed + new
+        for each in range(-(-length // block)):
+            table[number, each] = next(blocks)
+        key, value = (torch.randn(length, KV_HEADS, SIZE, generator=chosen).to(dtype) for _ in range(2))
+        query = torch.randn(new, KV_HEADS * GROUPS, SIZE, generator=chosen).to(dtype)
+        place = torch.arange(length)
+        write(key, value, table[number].long()[place // block] * block + place % block)
+        sink_blocks = -(-sink // block)
+        table[number, sink_blocks : max(sink_blocks, (computed - window + 1) // block)] = 0
+        for token in range(computed, length):
+            seen = [other for other in range(token + 1) if other < sink or other > token - window]
+            keys, values = (part[seen].float().repeat_interleave(GROUPS, 1) for part in (key, value))
+            scores = torch.einsum("hd,khd->hk", query[token - computed].float(), keys) * SCALE
+            if softcap:
+                scores = (scores / softcap).tanh() * softcap
+            expected.append(torch.einsum("hk,khd->hd", scores.softmax(-1), values))
+        queries.append(query)
+        bounds.append(bounds[-1] + new)
+    common = SimpleNamespace(
+        query_start_loc=torch.tensor(bounds, dtype=torch.int32),
+        seq_lens=torch.tensor([sum(each) for each in requests], dtype=torch.int32),
+        num_reqs=len(requests),
+        num_actual_tokens=bounds[-1],
+        max_query_len=max(new for _, new in requests),
+        max_seq_len=max(sum(each) for each in requests),
+        block_table_tensor=table,
+        slot_mapping=None,
+        causal=True,
+        mm_req_doc_ranges=None,
+        rswa_prefix_lens=None,
+    )
+    return common, torch.cat(queries), torch.stack(expected)
+
+
+def spec(window, sink, block, dtype):
+    from model_executors.hooks.kv_cache import SinkWindowSpec
+
+    shape = {"block_size": block, "num_kv_heads": KV_HEADS, "head_size": SIZE, "dtype": dtype}
+    return SinkWindowSpec(**shape, sliding_window=window, sink=sink, in_flight_tokens=1)
+
+
+@pytest.mark.parametrize("requests", [DECODE, MIXED, SPECULATED], ids=["decode", "mixed", "speculated"])
+@pytest.mark.parametrize(("window", "sink"), [(1, 1), (5, 5), (16, 4), (20, 16), (90, 4)])
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "fp8", "fp8_e5m2"])
+def test_on_a_cpu(requests, window, sink, softcap, kind):
+    from model_executors.layers.window_cpu import WindowImpl, WindowMetadataBuilder
+
+    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+    held = "auto" if kind == str(dtype).removeprefix("torch.") else kind
+    layer = SimpleNamespace(_k_scale_float=0.5, _v_scale_float=2.0)
+    shape = KV_HEADS * GROUPS, SIZE, SCALE, KV_HEADS
+    impl = WindowImpl(*shape, None, window, held, softcap)
+    cache = torch.zeros(200, KV_HEADS, 32, 2 * SIZE, dtype=dtype if held == "auto" else torch.uint8)
+
+    def write(key, value, slots):
+        impl.do_kv_cache_update(layer, key, value, cache, slots)
+        if held != "auto":  # so that the answers are those to what is held
+            kept = impl.rows(cache)[slots].float()
+            key.copy_(kept[..., :SIZE] * layer._k_scale_float)
+            value.copy_(kept[..., SIZE:] * layer._v_scale_float)
+
+    common, query, expected = step(requests, window, sink, 32, dtype, write, softcap)
+    builder = WindowMetadataBuilder(spec(window, sink, 32, dtype), [], None, torch.device("cpu"))
+    metadata = builder.build(0, common)
+    output = torch.full_like(query, torch.nan)
+    impl.forward(layer, query, None, None, cache, metadata, output)
+    torch.testing.assert_close(output.float(), expected, atol=2e-2 if dtype == torch.bfloat16 else 1e-4, rtol=1e-2)
+
+    # The same for another group of layers, whose blocks are others.
+    other = common.block_table_tensor.flip(0)
+    updated = builder.update_block_table(metadata, other, None)
+    common.block_table_tensor = other
+    again = builder.build(0, common)
+    for ours, theirs in ((updated.single, again.single), (updated.wide, again.wide)):
+        assert (ours is None) is (theirs is None)
+        assert ours is None or ours.slots.equal(theirs.slots)
+
+
+def test_what_has_no_slot_is_not_kept():
+    from model_executors.layers.window_cpu import WindowImpl
+
+    impl = WindowImpl(KV_HEADS * GROUPS, SIZE, SCALE, KV_HEADS, None, 8)
+    cache = torch.zeros(3, KV_HEADS, 32, 2 * SIZE)
+    token = torch.ones(2, KV_HEADS, SIZE)
+    impl.do_kv_cache_update(None, token, token, cache, torch.tensor([-1, 40]))
+    assert impl.rows(cache)[40].eq(1).all()
+    assert impl.rows(cache)[32:].sum() == impl.rows(cache)[40].sum()  # block 0 is nobody's
+
+
+def test_on_a_gpu():
+    """In Triton's interpreter."""
+    settings = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.test_window_kernels"], env=settings, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split()[-1] == "10"
+
+
+def _triton() -> int:
+    """Compare what the kernels for GPUs make of some steps; returns of how many."""
+    import triton.backends
+
+    class Driver:
+        @staticmethod
+        def is_active() -> bool:
+            return False
+
+    triton.backends.backends = {"cpu": SimpleNamespace(driver=Driver)}  # or vLLM for CPUs leaves Triton out
+    from vllm.config import CUDAGraphMode
+    from vllm.v1.attention.backends import triton_attn
+
+    from model_executors.layers.window_triton import WindowImpl, WindowMetadataBuilder
+
+    triton_attn.get_num_attention_heads_from_layers = lambda *_: KV_HEADS * GROUPS
+    model = SimpleNamespace(
+        get_num_attention_heads=lambda _: KV_HEADS * GROUPS,
+        get_num_kv_heads=lambda _: KV_HEADS,
+        get_head_size=lambda: SIZE,
+        rswa_window=None,
+    )
+    config = SimpleNamespace(
+        model_config=model,
+        parallel_config=None,
+        compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode.NONE),
+        scheduler_config=SimpleNamespace(max_num_seqs=8),
+    )
+    layer = SimpleNamespace(_k_scale=torch.ones(1), _v_scale=torch.ones(1), _q_scale=torch.ones(1))
+    compared = 0
+    for window, sink in ((1, 1), (5, 5), (16, 4), (20, 16), (90, 4)):
+        builder = WindowMetadataBuilder(spec(window, sink, 16, torch.float32), [], config, torch.device("cpu"))
+        impl = WindowImpl(KV_HEADS * GROUPS, SIZE, SCALE, KV_HEADS, None, window, "auto")
+        for requests in (DECODE, (*SPECULATED, (33, 20), (100, 1))):
+            cache = torch.zeros(200, KV_HEADS, 16, 2 * SIZE)
+
+            def write(key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
+                cache[slots // 16, :, slots % 16] = torch.cat((key, value), -1)  # noqa: B023
+
+            common, query, expected = step(requests, window, sink, 16, torch.float32, write)
+            lengths = common.seq_lens.clone()
+            metadata = builder.build(0, common)
+            output = torch.full_like(query, torch.nan)
+            impl.forward(layer, query, None, None, cache, metadata, output)
+            torch.testing.assert_close(output, expected, atol=1e-4, rtol=1e-4)
+            # No more is read than the sink's block, the window with what it begins in, and the new tokens.
+            new = common.query_start_loc.diff()
+            assert (metadata.seq_lens <= torch.minimum(lengths, 16 + window + 15 + new)).all()
+            assert metadata.seq_lens.data_ptr() == builder.seq_lens.data_ptr()
+            compared += 1
+    return compared
+
+
+if __name__ == "__main__":
+    print(_triton())
