@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from model_executors.attention_plan import LayerPlan
 from tests.tiny import NUM_LAYERS
-from vllm_ext.checkpoint import FITTED, INDEX, Checkpoint, Fit, complete_folder, write_planned
+from vllm_ext.checkpoint import FITTED, INDEX, Checkpoint, Fit, write_planned
 from vllm_ext.errors import UsageError
+from vllm_ext.folders import complete_folder
 
 SKIP = LayerPlan("skip")
 CHANGES = {
@@ -90,7 +91,7 @@ def test_a_planned_checkpoint_leaves_out_the_skipped_attention_only(llama, tmp_p
         index = json.loads((tmp_path / "out" / INDEX).read_text())
         assert set(index["weight_map"]) == set(kept)
         untouched = "model-00001-of-00002.safetensors"
-        assert (tmp_path / "out" / untouched).samefile(llama / untouched)  # linked, not copied
+        assert (tmp_path / "out" / untouched).read_bytes() == (llama / untouched).read_bytes()
 
 
 def test_a_planned_checkpoint_says_so_in_its_configuration(llama, tmp_path):
@@ -281,3 +282,22 @@ def test_refuses_missing_weights(llama):
         path.unlink()
     with pytest.raises(UsageError, match=r"no \*\.safetensors weights"):
         opened(llama).check_weights()
+
+
+def test_a_gguf_file_says_how_to_convert_it(tmp_path):
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    for model in (file, tmp_path):
+        with pytest.raises(
+            UsageError, match=r"GGUF file; make a checkpoint of it: vllm-ext model convert .*model.gguf"
+        ):
+            opened(model)
+
+
+def test_a_checkpoint_without_a_tokenizer_says_so(llama, tmp_path, capsys):
+    source = opened(llama)
+    write_planned(source, source.planned({5: SKIP}), tmp_path / "out")
+    assert "has no tokenizer, and so has" in capsys.readouterr().err
+    (llama / "tokenizer.json").write_text("{}")
+    write_planned(source, source.planned({5: SKIP}), tmp_path / "other")
+    assert "has no tokenizer" not in capsys.readouterr().err

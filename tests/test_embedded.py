@@ -110,3 +110,13 @@ def test_a_plan_and_heads_do_not_go_together():
     result = CliRunner().invoke(app, ["model", "fetch", "--planned", "--heads"])
     assert isinstance(result.exception, UsageError)
     assert "the heads are for the model without a plan" in str(result.exception)
+
+
+def test_converts_a_gguf_file(tmp_path):
+    (tmp_path / "none.gguf").write_bytes(b"nothing of the kind")
+    with pytest.raises(UsageError, match="it is no GGUF file; give one"):
+        embedded.convert(tmp_path / "none.gguf", tmp_path / "out")
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + b"\0" * 64)
+    with pytest.raises(UsageError, match="transformers cannot convert it"):
+        embedded.convert(tmp_path / "broken.gguf", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.gguf", "none.gguf"]

@@ -1,16 +1,14 @@
 """Checkpoint folders: found, checked without reading the weights, and written anew with a plan."""
 
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
+
+from rich.console import Console
 
 from model_executors.attention_plan import (
     ARCHITECTURE_PREFIX,
@@ -23,6 +21,7 @@ from model_executors.attention_plan import (
 from model_executors.families import Family, family_of, own_window
 from model_executors.heads.head_plan import HeadPlan, head_tensor_name
 from vllm_ext.errors import UsageError
+from vllm_ext.folders import as_readable, check_out, check_space, complete_folder, place
 
 if TYPE_CHECKING:  # it needs torch, which takes seconds to load
     import torch
@@ -30,6 +29,8 @@ if TYPE_CHECKING:  # it needs torch, which takes seconds to load
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 FITTED = "vllm_ext.safetensors"
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tekken.json")
+"""One of these is in each folder that has a tokenizer."""
 # Weights in formats that a planned checkpoint has no use for.
 OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5", ".ot"}
 
@@ -52,8 +53,17 @@ class Checkpoint:
 
         """
         folder = Path(model).expanduser()
+        if folder.suffix == ".gguf" and folder.is_file():
+            raise UsageError(
+                f"model {model}: it is a GGUF file; make a checkpoint of it: vllm-ext model convert {model} --to FOLDER"
+            )
         if folder.is_dir():
             if not (folder / CONFIG).is_file():
+                if gguf := next(folder.glob("*.gguf"), None):
+                    raise UsageError(
+                        f"model {model}: it holds a GGUF file; make a checkpoint of it: vllm-ext model convert {gguf} "
+                        "--to ANOTHER"
+                    )
                 raise UsageError(f"model {model}: no {CONFIG} in that folder; give a Hugging Face checkpoint's folder")
             return cls(model, _read_json(folder / CONFIG), folder)
         if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
@@ -236,6 +246,12 @@ class Checkpoint:
             raise UsageError(f"model {self.name}: no *.safetensors weights in that folder; convert or download them")
         return {name: self._tensors_in(name) for name in files}
 
+    @property
+    def files(self) -> list[Path]:
+        """Its weight files."""
+        assert self.folder is not None
+        return [self.folder / name for name in self.tensors]
+
     def check_weights(self) -> None:
         """Read every weight file's header, and find the fitted tensors that the plan needs.
 
@@ -307,8 +323,8 @@ def write_planned(
     trained: Trained | None = None,
     judged: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a planned checkpoint: weight files without the skipped tensors, those fitted and trained, all else linked
-    or copied.
+    """Write a planned checkpoint: weight files without the skipped tensors, those fitted and trained, and all
+    else cloned or copied.
 
     The folder appears under its name only when it is complete. `judged` says what the plan was judged by.
 
@@ -322,6 +338,10 @@ def write_planned(
     assert source.fitted_shapes(plan).keys() == (fit.tensors.keys() if fit is not None else set())
     check_out(out)
     source.check_windows(plan)
+    check_space(out, source.files)
+    if not any((source.folder / name).is_file() for name in TOKENIZERS):
+        told = Console(stderr=True, highlight=False, soft_wrap=True)
+        told.print(f"{source.name} has no tokenizer, and so has {out}; give vLLM one with --tokenizer", markup=False)
     changed = source._changed_config(plan)
     added: dict[str, torch.Tensor] = {}
     with complete_folder(out) as building:
@@ -337,44 +357,21 @@ def write_planned(
             changed[CONFIG_KEY]["judged"] = dict(judged)
         if added:
             save_file(added, building / FITTED, {"format": "pt"})
+            as_readable(building / FITTED, source.folder / CONFIG)
             weight_map |= dict.fromkeys(added, FITTED)
         if (source.folder / INDEX).is_file():
             (building / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2) + "\n")
         for path in source.folder.iterdir():
             done = path.name in (CONFIG, INDEX) or path.suffix == ".safetensors"
             if path.is_file() and not done and path.suffix not in OTHER_WEIGHTS:
-                _link_or_copy(path, building / path.name)
+                place(path, building / path.name)
         (building / CONFIG).write_text(json.dumps(source.config | changed, indent=2) + "\n")
-
-
-def check_out(out: Path) -> None:
-    """Raise UsageError where the folder to write exists already, or cannot be written."""
-    if out.exists():
-        raise UsageError(f"--out {out}: it exists already; choose another folder or remove it")
-    above = next(folder for folder in out.absolute().parents if folder.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise UsageError(f"--out {out}: no folder can be made in {above}; choose another")
-
-
-@contextmanager
-def complete_folder(folder: Path) -> Iterator[Path]:
-    """A folder to build in, beside `folder`, that takes its name when all went well and is removed otherwise."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    building.chmod(0o755)
-    try:
-        yield building
-        building.rename(folder)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
 
 
 def _write_weights(
     source: Checkpoint, plan: AttentionPlan, out: Path, replaced: "Mapping[str, torch.Tensor]"
 ) -> tuple[dict[str, str], int]:
     """Write the weight files; returns in which of them each tensor is, and how many tensors were left out."""
-    from rich.console import Console
     from rich.progress import track
     from safetensors import safe_open
     from safetensors.torch import save_file
@@ -387,19 +384,12 @@ def _write_weights(
         weight_map |= dict.fromkeys(kept, file)
         with safe_open(source.folder / file, framework="pt") as weights:
             if len(kept) == len(names) and not replaced.keys() & set(names):
-                _link_or_copy(source.folder / file, out / file)
+                place(source.folder / file, out / file)
             elif kept:
                 tensors = {name: replaced.get(name, weights.get_tensor(name)) for name in kept}
                 save_file(tensors, out / file, weights.metadata())
+                as_readable(out / file, source.folder / file)
     return weight_map, sum(map(len, source.tensors.values())) - len(weight_map)
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    source = source.resolve()  # a hub's cache holds links
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without links
-        shutil.copy2(source, target)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -9,10 +9,12 @@ from contextlib import contextmanager
 CURES = {
     errno.ENOSPC: "free some space, or choose another folder",
     errno.EDQUOT: "free some space, or choose another folder",
+    errno.EFBIG: "files may not be so large there; choose another folder",
     errno.EROFS: "choose a folder that can be written",
     errno.EACCES: "choose one that you may use",
     errno.EPERM: "choose one that you may use",
     errno.ENOTDIR: "a file stands where a folder is needed; choose another",
+    errno.EEXIST: "something else stands there; choose another",
     errno.EISDIR: "a folder stands where a file is needed; choose another",
     errno.ENOENT: "choose one that exists, or make it",
 }

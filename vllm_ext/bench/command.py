@@ -17,6 +17,7 @@ from vllm_ext.bench.work import Work
 from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.costs import Shape
 from vllm_ext.errors import UsageError
+from vllm_ext.folders import check_file
 from vllm_ext.offline.model import read_tokenizer
 from vllm_ext.served import Served
 from vllm_ext.tasks.texts import prose
@@ -146,8 +147,8 @@ def bench(pair: Pair, settings: Settings, args: Sequence[str], json_file: Path |
         UsageError: for work that the model cannot take, and where an engine does not start.
 
     """
-    if json_file is not None and not json_file.parent.is_dir():
-        raise UsageError(f"--json {json_file}: no such folder; create {json_file.parent}")
+    if json_file is not None:
+        check_file("--json", json_file)
     if problem := vllm_problem():
         raise UsageError(problem)
     found, made = measure(pair, settings, args)

