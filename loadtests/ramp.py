@@ -8,7 +8,7 @@ from locust.argument_parser import LocustArgumentParser
 
 @events.init_command_line_parser.add_listener
 def _options(parser: LocustArgumentParser) -> None:
-    add = parser.add_argument_group("vllm-ext ramp").add_argument
+    add = parser.add_argument
     add("--ramp-from", type=int, default=1, help="Users of the first step.")
     add("--ramp-to", type=int, default=32, help="Users of the last.")
     add("--ramp-steps", type=int, default=6, help="How many steps.")

@@ -41,9 +41,9 @@ class TokenServer:
         return StreamingResponse(self.answer(body, request.headers.get("x-request-id")), media_type="text/event-stream")
 
     async def answer(self, body: dict, name: str):
-        model, tokens, times = body["model"], self.tokens or body["max_tokens"], []
+        model, tokens, times = body["model"], self.tokens or body.get("max_tokens") or body["max_completion_tokens"], []
         counts: list[int] = []
-        said = body.get("prompt") or [word for each in body["messages"] for word in each["content"].split()]
+        said = body.get("prompt") or [word for each in body["messages"] for word in text_of(each).split()]
         prompt = len(said) + 5 * ("messages" in body)
         arrived, cached = EPOCH + time.perf_counter(), self.look_up(said)
         self.waiting += 1
@@ -145,6 +145,12 @@ class TokenServer:
         body = await request.json()
         text = body["messages"][0]["content"] if "messages" in body else body["prompt"]
         return JSONResponse({"count": len(text.split()) + 5 * ("messages" in body)})
+
+
+def text_of(message: dict) -> str:
+    """Its content may be a text or a list of parts."""
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
 def app(server: TokenServer) -> Starlette:
