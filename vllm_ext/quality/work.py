@@ -9,6 +9,7 @@ from vllm_ext.errors import UsageError
 from vllm_ext.reports.figures import Scored
 from vllm_ext.served import Served
 from vllm_ext.tasks import texts
+from vllm_ext.tasks.passages import all_passages
 
 ANSWER_TOKENS = 128
 SHOTS = 4
@@ -106,9 +107,8 @@ def prepare_work(tokenizer: Any, settings: Settings) -> tuple[Work, dict[str, li
         UsageError: where the texts are not installed, or too short.
 
     """
-    start = tokenizer("").input_ids  # what the model wants before every text
-    documents = [tokenizer(text, add_special_tokens=False).input_ids for text in texts.prose("held_out")]
-    passages = {length: _passages(documents, start, length, settings) for length in settings.lengths}
+    prose = texts.prose("held_out")
+    passages = {length: _passages(tokenizer, prose, length, settings) for length in settings.lengths}
     questions = {
         "capitals": [(texts.capital_question(country), capital) for country, capital in texts.capitals().items()],
         "sums": [(f"{a} + {b} =", str(a + b)) for a, b in texts.sums(settings.seed, 2 * settings.items + SHOTS)],
@@ -126,13 +126,10 @@ def prepare_work(tokenizer: Any, settings: Settings) -> tuple[Work, dict[str, li
     return Work(passages, prompts), right
 
 
-def _passages(documents: list[list[int]], start: list[int], length: int, settings: Settings) -> list[list[int]]:
-    """Passages from anywhere in the documents that do not overlap."""
-    step = length - len(start)
-    all_passages = [
-        start + document[at : at + step] for document in documents for at in range(0, len(document) - step + 1, step)
-    ]
-    if not all_passages:
+def _passages(tokenizer: Any, prose: list[str], length: int, settings: Settings) -> list[list[int]]:
+    """Passages from anywhere in the prose that do not overlap."""
+    found = all_passages(tokenizer, prose, length)
+    if not found:
         raise UsageError(f"--length {length}: no held-out text is so long; choose a shorter one")
     wanted = settings.tokens // length
-    return random.Random(settings.seed).sample(all_passages, min(wanted, len(all_passages)))
+    return random.Random(settings.seed).sample(found, min(wanted, len(found)))

@@ -58,6 +58,23 @@ def cut(
     if tokens < length:
         raise UsageError(f"--tokens {tokens} is less than one passage of {length}; raise it, or lower --length")
     chosen = random.Random(seed)
+    found = all_passages(tokenizer, texts, length, chosen)
+    if len(found) < tokens // length:
+        raise UsageError(
+            f"the text has {len(found)} passages of {length} tokens, fewer than the {tokens // length} of "
+            f"--tokens {tokens}; give more text, or lower --tokens or --length"
+        )
+    return torch.tensor(chosen.sample(found, tokens // length))
+
+
+def all_passages(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int, chosen: random.Random | None = None
+) -> list[list[int]]:
+    """Every passage of `length` tokens that does not overlap another, in the texts' order.
+
+    Each begins with the token that the tokenizer begins every text with, where it has one. `chosen` has a text's first
+    passage begin anywhere in it, instead of with it.
+    """
     first = tokenizer("").input_ids[:1]
     first = first if first == [tokenizer.bos_token_id] else []
     size = length - len(first)
@@ -66,10 +83,6 @@ def cut(
         ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         spare = len(ids) - size
         if spare >= 0:
-            found += [first + ids[at : at + size] for at in range(chosen.randint(0, min(spare, size)), spare + 1, size)]
-    if len(found) < tokens // length:
-        raise UsageError(
-            f"the text has {len(found)} passages of {length} tokens, fewer than the {tokens // length} of "
-            f"--tokens {tokens}; give more text, or lower --tokens or --length"
-        )
-    return torch.tensor(chosen.sample(found, tokens // length))
+            start = 0 if chosen is None else chosen.randint(0, min(spare, size))
+            found += [first + ids[at : at + size] for at in range(start, spare + 1, size)]
+    return found

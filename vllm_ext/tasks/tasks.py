@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 from vllm_ext.errors import UsageError
 from vllm_ext.tasks import texts
 from vllm_ext.tasks.items import Item, Split, Task, item
+from vllm_ext.tasks.passages import all_passages
 
 Name = Literal["capitals", "sums", "reading", "prose", "summaries"]
 NAMES: tuple[Name, ...] = get_args(Name)
@@ -128,12 +129,7 @@ def passages(
     name: str, tokenizer: Any, documents: Sequence[str], count: int, chosen: random.Random, source: str
 ) -> Task:
     """Passages of one length from anywhere in the documents, which do not overlap."""
-    start = tokenizer("").input_ids
-    step = PROSE_TOKENS - len(start)
-    found = []
-    for document in documents:
-        ids = tokenizer(document, add_special_tokens=False, verbose=False).input_ids
-        found += [start + ids[at : at + step] for at in range(0, len(ids) - step + 1, step)]
+    found = all_passages(tokenizer, documents, PROSE_TOKENS)
     if not found:
         raise UsageError(f"{source}: no text is as long as {PROSE_TOKENS} tokens; give longer ones")
     cut = PROSE_TOKENS - PROSE_TOKENS // 4
