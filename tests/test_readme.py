@@ -15,9 +15,11 @@ import pytest
 import typer
 from vllm import SamplingParams
 
+from model_executors.attention_plan import FULL, AttentionPlan
 from tests.engines import engine
 from vllm_ext.cli.main import app
-from vllm_ext.embedded.model import fetch_planned
+from vllm_ext.embedded.model import PLANNED, fetch_planned
+from vllm_ext.layers import format_plan
 
 ROOT = Path(__file__).parent.parent
 TRACKED = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -53,6 +55,12 @@ def test_the_readme_is_read_in_two_minutes():
     assert len(README.encode()) <= 8192
     for folder in ("vllm_ext", "model_executors", "loadtests", "deploy", "tests"):
         assert f"({folder}/README.md)" in README
+
+
+def test_it_names_the_plan_that_ships():
+    section = json.loads((PLANNED / "config.json").read_text())
+    layers = AttentionPlan.from_config(section, 30).layers
+    assert f"`{format_plan({number: layer for number, layer in enumerate(layers) if layer != FULL})}`" in README
 
 
 def test_its_one_picture_is_small_and_follows_the_readers_theme():
