@@ -1,6 +1,7 @@
 """The command on the real model, against plain transformers, and what a mistake gets."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,8 @@ from vllm_ext.checkpoint import Checkpoint, write_planned
 from vllm_ext.embedded.model import fetch_heads
 from vllm_ext.errors import UsageError
 from vllm_ext.quality.command import candidates, measure
-from vllm_ext.quality.work import Settings, prepare_work
+from vllm_ext.quality.work import Replies, Settings, Work, prepare_work
+from vllm_ext.reports.figures import Scored
 from vllm_ext.served import Served
 
 COMMAND = [sys.executable, "-m", "vllm_ext.cli.main", "quality"]
@@ -26,6 +28,7 @@ LENGTH = 128
 ANSWER = LENGTH // 4
 PLANNED = "skip 29, freeze 20-28"
 SETTINGS = Settings((LENGTH,), tokens=8 * LENGTH, items=12)
+WORK = Work({LENGTH: [[1] * LENGTH] * 8}, {"capitals": [[1]], "sums": [[1]]})
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +148,59 @@ def test_refuses_models_that_cannot_be_compared(smollm2, tiny_models, tmp_path):
         measure(str(tiny_models("Llama")), {}, Settings())
     with pytest.raises(UsageError, match="no tokenizer is to be had"):
         measure(str(tiny_models("Llama")), {}, SETTINGS)
+
+
+def test_goes_on_where_it_was_stopped(smollm2, tmp_path, monkeypatch):
+    """The second of two fails; another run does it alone, and one with other options does both."""
+    ran, replies = [], Replies({}, {LENGTH: [Scored([-1.0] * ANSWER, [1] * ANSWER)] * 8}, {"capitals": [], "sums": []})
+
+    def reply(asked, advance):
+        ran.append(asked.served.plan and "planned")
+        if ran == [None, "planned"]:
+            raise UsageError("the engine failed")
+        return replies
+
+    monkeypatch.setattr("vllm_ext.quality.command._reply", reply)
+    monkeypatch.setattr("vllm_ext.quality.command.figures_of", lambda ours, *_: ours)
+    beside = {"planned": Served.open(str(smollm2), {29: LayerPlan("skip")})}
+
+    monkeypatch.setattr("vllm_ext.quality.command.prepare_work", lambda *_: (WORK, {"capitals": [], "sums": []}))
+    with pytest.raises(UsageError, match="the engine failed"):
+        measure(str(smollm2), beside, SETTINGS, (), tmp_path / "kept")
+    ran.append("a second run")
+    found = measure(str(smollm2), beside, SETTINGS, (), tmp_path / "kept")
+    assert ran == [None, "planned", "a second run", "planned"]
+    assert found == {"stock": replies, "planned": replies}
+    # What is damaged is not believed.
+    for file in (tmp_path / "kept").iterdir():
+        file.write_text(file.read_text()[:-9])
+    measure(str(smollm2), beside, SETTINGS, (), tmp_path / "kept")
+    assert ran[4:] == [None, "planned"]
+    measure(str(smollm2), beside, SETTINGS, (), tmp_path / "kept")
+    assert ran[6:] == []
+    measure(str(smollm2), beside, SETTINGS, ("--max-num-seqs", "7"), tmp_path / "kept")
+    assert ran[6:] == [None, "planned"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_the_table_fits_80_columns_in_a_pipe(encoding, tmp_path):
+    code = """
+from vllm_ext.errors import told_in_one_line
+from vllm_ext.quality.report import Figures, show
+from vllm_ext.reports.figures import Figure
+one = Figure(18.92, 24, 1.062, (1.055, 1.070))
+figures = Figures({2048: one}, {2048: one}, {2048: one}, {2048: one}, one, one)
+names = ["stock", *(f"a-checkpoint-planned at 0.9{n}" for n in range(9)), "x" * 200]
+report = {"model": "SmolLM2", "vllm": "vllm 0", "machine": "m", "prose": "p"}
+report["settings"] = {"lengths": [2048], "seed": 0}
+with told_in_one_line():
+    show(report, dict.fromkeys(names, figures))
+"""
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
+    lines = done.stdout.decode(encoding).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert sum("a-checkpoint-planned at 0.98" in line and "1.055-1.070" in line for line in lines) == 6
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,10 @@ def quality(
         list[float] | None,
         typer.Option(help="Of planned checkpoints with character heads: agreements to serve each at, one by one."),
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file too.")] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", help="Write the figures there, and beside it what each model made of the work."),
+    ] = None,
     length: Annotated[
         list[int] | None,
         typer.Option(help="Tokens of a passage of prose; may be given several times; by default 512 and 2048."),
@@ -34,7 +37,11 @@ def quality(
     items: Annotated[int, typer.Option(help="How many capitals, and how many sums.")] = 100,
     seed: Annotated[int, typer.Option(help="For which passages, capitals and sums those are.")] = 0,
 ) -> None:
-    """Measure what plans cost, beside the stock MODEL: prose, capitals, sums; options of `vllm serve` go to all."""
+    """Measure what plans cost, beside the stock MODEL: prose, capitals, sums; options of `vllm serve` go to all.
+
+    With --json a run that was stopped goes on from the last model that was done, and models done before are not run
+    again.
+    """
     from vllm_ext.layers import layer_plans
     from vllm_ext.quality.command import candidates
     from vllm_ext.quality.command import quality as run

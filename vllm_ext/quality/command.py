@@ -16,6 +16,7 @@ from vllm_ext.engine import Engine
 from vllm_ext.errors import UsageError, one_line
 from vllm_ext.folders import check_file
 from vllm_ext.progress import progress
+from vllm_ext.quality.kept import Kept
 from vllm_ext.quality.report import STOCK, Figures, figures_of, show
 from vllm_ext.quality.work import Asked, Replies, Settings, Work, prepare_work
 from vllm_ext.reports.figures import is_right
@@ -80,7 +81,8 @@ def quality(
     """
     if json_file is not None:
         check_file("--json", json_file)
-    figures = measure(model, beside, settings, vllm_args)
+    kept = None if json_file is None else json_file.with_name(f"{json_file.stem}-replies")
+    figures = measure(model, beside, settings, vllm_args, kept)
     report = {
         "model": Path(model).name,
         "vllm_args": list(vllm_args),
@@ -96,9 +98,15 @@ def quality(
 
 
 def measure(
-    model: str, beside: Mapping[str, Served], settings: Settings, vllm_args: Sequence[str] = ()
+    model: str,
+    beside: Mapping[str, Served],
+    settings: Settings,
+    vllm_args: Sequence[str] = (),
+    folder: Path | None = None,
 ) -> dict[str, Figures]:
     """The figures of the stock `model`, under the name `stock`, and of each candidate `beside` it.
+
+    What each made of the work is kept in `folder` as it ends, and found there again.
 
     Raises:
         UsageError: for a model or a plan that does not fit, or an engine that does not start.
@@ -109,12 +117,17 @@ def measure(
     tokenizer = _tokenizer(model)
     work, right = prepare_work(tokenizer, settings)
     replies: dict[str, Replies] = {}
+    kept = Kept(folder)
     with progress() as bars:
         task = bars.add_task("", total=work.tokens * len(all_served))
         for number, (name, served) in enumerate(all_served.items()):
             bars.update(task, description=f"{name} ({number + 1} of {len(all_served)})")
-            arguments = [*_engine_arguments(work), *vllm_args]
-            replies[name] = _reply(served, arguments, work, lambda tokens: bars.advance(task, tokens))
+            asked = Asked(served, [*_engine_arguments(work), *vllm_args], work)
+            found = kept.read(asked)
+            if found is None:
+                found = _reply(asked, lambda tokens: bars.advance(task, tokens))
+                kept.write(asked, found)
+            replies[name] = found
             bars.update(task, completed=work.tokens * (number + 1))
     scores = {
         name: {
@@ -132,7 +145,7 @@ def measure(
     }
 
 
-def _reply(served: Served, vllm_args: Sequence[str], work: Work, advance: Callable[[int], None]) -> Replies:
+def _reply(asked: Asked, advance: Callable[[int], None]) -> Replies:
     """Do the work in a process of its own; `advance` is told of the tokens done.
 
     Raises:
@@ -140,7 +153,7 @@ def _reply(served: Served, vllm_args: Sequence[str], work: Work, advance: Callab
 
     """
     with Engine("vllm_ext.quality.scoring:reply") as engine:
-        engine.send(Asked(served, vllm_args, work))
+        engine.send(asked)
         while isinstance(message := engine.receive(), int):
             advance(message)
         assert isinstance(message, Replies)

@@ -4,8 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from vllm_ext.quality.work import SHOTS, Replies, Work
 from vllm_ext.reports.figures import Figure, Scored, accuracy, agreement, perplexity
@@ -59,22 +61,26 @@ def figures_of(
 
 
 def show(report: Mapping[str, Any], figures: Mapping[str, Figures]) -> None:
-    """Print the table."""
+    """Print the table: a block a figure and a line a model, so that it fits 80 columns however many there are."""
     settings = report["settings"]
-    table = Table(
-        title=f"{report['model']}, beside stock: × its figure, and the 95% interval over the items",
-        caption=f"{report['vllm']}; {report['machine']}; seed {settings['seed']}; {report['prose']}",
-    )
-    table.add_column("")
-    table.add_column("items", justify="right")
-    for name in figures:
-        table.add_column(name, justify="right")
+    table = Table(title=f"{report['model']}, beside stock", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column("", overflow="fold")
+    for column in ("items", "value", "× stock's", "95%"):
+        table.add_column(column, justify="right", no_wrap=True)
     rows = {name: _rows(each, settings["lengths"]) for name, each in figures.items()}
     for title in rows[STOCK]:
-        of_all = [of_one[title] for of_one in rows.values()]
-        items = next((str(each.items) for each in of_all if each is not None), "-")
-        table.add_row(title, items, *map(_cell, of_all))
-    Console(highlight=False).print(table)
+        table.add_section()
+        table.add_row(Text(title, style="bold"))
+        for name in figures:
+            if (figure := rows[name][title]) is not None:
+                table.add_row(Text(f"  {name}"), *_cells(figure))
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(
+        f"{report['vllm']}; {report['machine']}; seed {settings['seed']}; {report['prose']}; intervals are over the "
+        "items, of the ratio where there is one",
+        markup=False,
+    )
 
 
 def _rows(figures: Figures, lengths: Sequence[int]) -> dict[str, Figure | None]:
@@ -90,10 +96,8 @@ def _rows(figures: Figures, lengths: Sequence[int]) -> dict[str, Figure | None]:
     return rows | {f"capitals, {SHOTS} examples": figures.capitals, f"two-digit sums, {SHOTS} examples": figures.sums}
 
 
-def _cell(figure: Figure | None) -> str:
-    """`18.92  1.062× 1.055-1.070`, or `0.91  0.90-0.92` of a figure without a ratio."""
-    if figure is None:
-        return "-"
-    ratio = "" if figure.ratio is None else f"  {figure.ratio:.3f}×"
-    interval = "" if figure.interval is None else f"  {figure.interval[0]:.3f}-{figure.interval[1]:.3f}"
-    return f"{figure.value:.{3 if figure.value < 1 else 2}f}{ratio}{interval}"
+def _cells(figure: Figure) -> tuple[str, str, str, str]:
+    """As `24`, `18.92`, `1.062` and `1.055-1.070`."""
+    ratio = "" if figure.ratio is None else f"{figure.ratio:.3f}"
+    interval = "" if figure.interval is None else f"{figure.interval[0]:.3f}-{figure.interval[1]:.3f}"
+    return str(figure.items), f"{figure.value:.{3 if figure.value < 1 else 2}f}", ratio, interval
