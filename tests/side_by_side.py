@@ -6,6 +6,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from tests.answers import Answer
@@ -58,8 +59,15 @@ def _apart(job: Job) -> Done:
 
 
 def _engine(job: Job) -> Done:
-    """In the process of its own."""
-    os.environ |= {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_EXT_UNPROVED": "1"} | job.environment
+    """In the process of its own, with few threads, and what it compiles in a folder of its own."""
+    with TemporaryDirectory() as cache:
+        few = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "2"}
+        tried = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_EXT_UNPROVED": "1", "VLLM_CACHE_ROOT": cache}
+        os.environ |= {**few, **os.environ, **tried, **job.environment}
+        return _asked(job)
+
+
+def _asked(job: Job) -> Done:
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
