@@ -22,14 +22,15 @@ import httpx
 import numpy as np
 
 from loadtests.answer import GIVEN_UP, Answer, Objective
+from loadtests.guidellm import Benchmark
 from loadtests.metrics import INTERVAL, Sample, Scraper, from_prometheus, scrape
 from loadtests.options import option
 from loadtests.run import Pace, Run, warm_up
 from loadtests.settings import Load
-from loadtests.statistics import CONFIDENCE, Figures, waited
+from loadtests.statistics import CONFIDENCE, Figures, figures, waited
 from loadtests.texts import Texts
 from loadtests.threshold import SIDES, Interval, Thresholds
-from loadtests.watch import BOUND, Client
+from loadtests.watch import BOUND, Client, two
 
 LEVEL = 0.8
 IN_TURN = 4
@@ -121,8 +122,17 @@ class Results:
 class Comparison:
     """Measures a plan."""
 
-    def __init__(self, plan: Plan, sides: dict[str, Opened], described: dict[str, str]) -> None:
-        self.plan, self.sides = plan, sides
+    def __init__(
+        self,
+        plan: Plan,
+        sides: dict[str, Opened],
+        described: dict[str, str],
+        imported: dict[str, list[Benchmark]] | None = None,
+    ) -> None:
+        self.plan, self.sides, self.imported = plan, sides, imported or {}
+        self.live = [side for side in SIDES if side not in self.imported]
+        if self.imported and (len(plan.workloads) > 1 or plan.in_turn):
+            raise ValueError("an imported side: give one --workload, like the one it was made with, and no --in-turn")
         versions = {name: version(name) for name in ("vllm-ext", "locust", "httpx", "scipy", "plotly")}
         versions["python"] = platform.python_version()
         self.results = Results(plan, described, versions)
@@ -157,26 +167,56 @@ class Comparison:
         """Both servers up."""
         with contextlib.ExitStack() as stack:
             urls: dict[str, str] = {}
-            for side in SIDES:
+            for side in self.live:
                 self.step(f"{side} starts")
                 urls[side] = stack.enter_context(self._observed(side))
             for place, workload in enumerate(self.plan.workloads):
                 until = self.gone + (1 - self.gone) / (len(self.plan.workloads) - place)
-                for side in SIDES:
+                levels = self._import(workload)
+                for side in self.live:
                     self._warm_up(urls[side], side, workload)
                 known, longest = self.thresholds[workload], 0.0
                 for pair in itertools.count():
                     begun = self.gone
-                    for side in SIDES if pair % 2 == 0 else SIDES[::-1]:
+                    for side in self._order(pair):
                         self._run(urls[side], side, workload, known.next_rate(side), pair, "search")
                     longest = max(longest, self.gone - begun)
                     over = self.gone + (self.plan.pairs + 1) * longest > until
-                    if known.enough(self.plan.width, self.results.confidence) or over:
+                    if not self.live or over or known.enough(self.plan.width, self.results.confidence, self.live):
                         break
-                for pair in range(self.plan.pairs):
-                    for side in SIDES if pair % 2 == 0 else SIDES[::-1]:
-                        self._run(urls[side], side, workload, self._level(workload), -1 - pair, "level")
+                for pair in range(len(levels) if self.imported else self.plan.pairs):
+                    for side in self._order(pair):
+                        level = levels[pair] if self.imported else self._level(workload)
+                        self._run(urls[side], side, workload, level, -1 - pair, "level")
                 yield
+
+    def _order(self, pair: int) -> list[str]:
+        """The sides that runs are made of, in the order of that pair."""
+        return self.live if pair % 2 == 0 else self.live[::-1]
+
+    def _import(self, workload: str) -> list[float]:
+        """Take what was measured elsewhere; returns the rates of the runs that held, to be compared at equal load."""
+        if not self.imported:
+            return []
+        rates = [each.rate for benchmarks in self.imported.values() for each in benchmarks]
+        guess = self.plan.start or math.exp(float(np.mean(np.log(rates))))
+        known = self.thresholds[workload] = Thresholds(guess, self.plan.load.seed)
+        levels: dict[str, list[float]] = {side: [] for side in self.imported}
+        for side, benchmarks in self.imported.items():
+            for each in benchmarks:
+                found = figures(each.answers, self.plan.objective, each.start, each.end, each.rate)
+                held = found.held(self.plan.objective)
+                known.add(side, each.rate, held)
+                late = two([answer.sent - answer.intended for answer in each.answers])
+                client = Client((0.0, 0.0), late, 0.0)
+                kind: Literal["search", "level"] = "level" if held and len(levels[side]) < self.plan.pairs else "search"
+                if kind == "level":
+                    levels[side].append(each.rate)
+                    self.level_answers.setdefault((workload, side), []).extend(a for a in each.answers if a.sound)
+                self.results.points.append(
+                    Point(side, workload, kind, found, held, math.nan, math.nan, math.nan, client)
+                )
+        return levels[next(iter(levels))]
 
     def _in_turn(self) -> Iterator[None]:
         """One server up, for some runs of its own; sides alternate in who is first."""

@@ -49,9 +49,9 @@ def plots_of_workload(results: Results, workload: str) -> dict[str, go.Figure]:
             x=rates, y=good, name=side, mode="markers", marker={"color": COLOURS[side], "size": 9, "symbol": symbols}
         )
         goodput.add_vline(x=results.served[workload][side], line={"color": COLOURS[side], "dash": "dot"})
-        quantiles = results.distributions[workload][side]
+        quantiles = results.distributions.get(workload, {}).get(side, {})
         for figure, kind in ((ttft, "ttft"), (itl, "itl")):
-            if quantiles[kind]:
+            if quantiles.get(kind):
                 grid = np.linspace(0, 1, len(quantiles[kind]))
                 figure.add_scatter(x=quantiles[kind], y=grid, name=side, mode="lines", line_color=COLOURS[side])
     objective = results.plan.objective

@@ -10,6 +10,7 @@ narrow as was asked for.
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,7 +54,8 @@ class Thresholds:
         self.noise = np.array(list(NOISE))
         a = self.places[:, None, None]
         self.of = {"A": a, "B": a + self.ratios[None, :, None]}
-        likely = (self.ratios[None, :, None] / PRIOR) ** 2 + ((a - math.log(guess)) / GUESSED) ** 2
+        middle = a + self.ratios[None, :, None] / 2  # of both, so that neither side is thought to serve more
+        likely = (self.ratios[None, :, None] / PRIOR) ** 2 + ((middle - math.log(guess)) / GUESSED) ** 2
         self.belief = np.log(list(NOISE.values())) - likely / 2
         values = {"A": self.places, "B": (self.places[:, None] + self.ratios).ravel()}
         self.ordered = {side: (order := np.argsort(each), each[order]) for side, each in values.items()}
@@ -88,9 +90,12 @@ class Thresholds:
         value, low, high = (math.exp(float(np.interp(part, total, edges))) for part in parts)
         return Interval(value, low, high)
 
-    def enough(self, width: float, confidence: float = 0.95) -> bool:
-        """Whether the interval's ends are no more than `width` apart, as a ratio, or a difference is sure anyway."""
-        if min(self.runs.values()) < LEAST:
+    def enough(self, width: float, confidence: float = 0.95, live: Sequence[str] = SIDES) -> bool:
+        """Whether the interval's ends are no more than `width` apart, as a ratio, or a difference is sure anyway.
+
+        Sides that are not `live` have no more runs to make.
+        """
+        if min(self.runs[side] for side in live) < LEAST:
             return False
         found, sure = self.ratio(confidence), self.ratio(1 - (1 - SURE) * (1 - confidence) / 0.05)
         return found.high <= width * found.low or sure.low > 1 or sure.high < 1

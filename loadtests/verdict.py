@@ -66,7 +66,7 @@ def ratios(results: Results, workload: str) -> dict[str, Ratio]:
             each = ratio(pair[0], pair[1], seed=seed)
             if each.rounds:
                 rows[f"{name}_{quantile}_ratio"] = each
-    if all(point.kv_cache_usage > 0 for side in SIDES for point in levels[side]):
+    if all(levels.values()) and all(point.kv_cache_usage > 0 for side in SIDES for point in levels[side]):
         pair = [[point.kv_cache_usage for point in levels[side]] for side in SIDES]
         rows["kv_cache_usage_ratio"] = ratio(pair[0], pair[1], seed=seed)
     if all(results.capacity.get(side, 0) > 0 for side in SIDES):

@@ -64,7 +64,7 @@ class Watch:
         """What was seen."""
         self.greenlet.kill()
         cpu = (time.process_time() - self.cpu) / max(time.perf_counter() - self.wall, 1e-9)
-        return Client(_two(self.lags), _two(self.late), cpu)
+        return Client(two(self.lags), two(self.late), cpu)
 
 
 def together(clients: Sequence[Client]) -> Client:
@@ -77,7 +77,8 @@ def together(clients: Sequence[Client]) -> Client:
     )
 
 
-def _two(values: Sequence[float]) -> tuple[float, float]:
+def two(values: Sequence[float]) -> tuple[float, float]:
+    """The median and the 95th percentile; 0 where there is nothing."""
     if not values:
         return (0.0, 0.0)
     median, high = np.quantile(values, (0.5, 0.95))

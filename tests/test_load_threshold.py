@@ -156,6 +156,15 @@ def test_nothing_is_concluded_from_few_runs():
     assert known.ratio().low < known.ratio().value < known.ratio().high
 
 
+def test_neither_side_is_thought_to_serve_more_beforehand():
+    """Nor where all that is known of both is the same."""
+    known = Thresholds(1.0)
+    assert known.ratio().value == pytest.approx(1, abs=0.01)
+    for side in SIDES:
+        known.add(side, 2.0, True)
+    assert known.ratio().value == pytest.approx(1, abs=0.02)
+
+
 def test_a_guess_that_is_none_is_refused():
     with pytest.raises(ValueError, match="start 0"):
         Thresholds(0)

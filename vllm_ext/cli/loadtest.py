@@ -75,6 +75,7 @@ def compare(context: typer.Context) -> None:
     """
     from loadtests.answer import Objective
     from loadtests.compare import Comparison, Plan, Results
+    from loadtests.guidellm import read_guidellm
     from loadtests.options import add_options, read_options
     from loadtests.report import write
     from loadtests.requirements import Requirement
@@ -87,7 +88,8 @@ def compare(context: typer.Context) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers it started end with it
     with _refusing():
         parser = _parser("compare", compare.__doc__)
-        parser.add_argument("a", help="The baseline: a URL, or 'MODEL [options of vllm-ext serve]' to start.")
+        parser.add_argument("a", help="The baseline: a URL, 'MODEL [options of vllm-ext serve]' to start, or "
+            "GuideLLM's benchmarks.json.")  # fmt: skip
         parser.add_argument("b", help="What is compared with it: the same.")
         parser.add_argument("--out", type=Path, default=Path("loadtest"), metavar="FOLDER", help="Where the report "
             "goes: report.html, report.json and junit.xml. Default: loadtest.")  # fmt: skip
@@ -108,7 +110,9 @@ def compare(context: typer.Context) -> None:
             raise UsageError(f"{for_servers[0]}: no option of compare, which starts no server here; see --help")
         if plan.prometheus and len(urls) < 2:
             raise UsageError("--prometheus: it cannot scrape servers that are yet to start; give both sides as URLs")
-        sides = dict(zip(SIDES, (_side(each, for_servers) for each in (given.a, given.b)), strict=True))
+        named = dict(zip(SIDES, (given.a, given.b), strict=True))
+        imported = {side: read_guidellm(Path(each)) for side, each in named.items() if each.endswith(".json")}
+        sides = {side: _side(each, for_servers) for side, each in named.items() if side not in imported}
         _make(given.out)
         errors.print(f"report: {given.out.resolve() / 'report.html'}, when done")
         with progress() as bar:
@@ -126,7 +130,7 @@ def compare(context: typer.Context) -> None:
             def save(results: Results) -> None:
                 missed[:] = write(results, given.out, requirements, command)
 
-            comparison = Comparison(plan, sides, described)
+            comparison = Comparison(plan, sides, described, imported)
             results = comparison.measure(step, save)
     for each in workloads:
         print(verdict(results, each))
