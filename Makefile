@@ -6,17 +6,14 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 SKIP ?=
 ARGS ?=
-# GiB for the KV cache on a CPU; by itself vLLM would take nearly all memory, or refuse to start where some is in use.
-export VLLM_CPU_KVCACHE_SPACE ?= 1
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # Modules are compiled here, or every start of a server would do it anew wherever Python is told not to keep them.
 UV := $(BIN)/uv pip install --python $(BIN)/python --compile-bytecode --quiet
 CUDA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
-# Without AVX-512 an x86 CPU has no fast products in bfloat16: float32 is several times faster, and takes twice the bytes.
-SLOW_BF16 := $(shell grep -q avx /proc/cpuinfo 2>/dev/null && ! grep -q avx512f /proc/cpuinfo && echo yes)
-DTYPE ?= $(if $(CUDA),,$(if $(SLOW_BF16),--dtype float32))
+# Without AVX-512 an x86 CPU has no fast products in bfloat16: float32 is served there, which takes twice the bytes.
+FLOAT32 := $(if $(CUDA),,$(shell grep -q avx /proc/cpuinfo 2>/dev/null && ! grep -q avx512f /proc/cpuinfo && echo yes))
 # uv does not read pip's settings, so it is handed the one that matters here.
 FIND_LINKS := $(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null)
 INDEX := $(if $(FIND_LINKS),--find-links "$(FIND_LINKS)",--torch-backend=cpu)
@@ -32,19 +29,19 @@ setup: $(READY)  ## Set up the virtual environment and the embedded model
 serve: $(READY)  ## Serve the embedded model with its plan, or with the layers of SKIP; ARGS goes to vLLM
 	@model=$$($(BIN)/vllm-ext model fetch $(if $(SKIP),,--planned)) && \
 		exec $(BIN)/vllm-ext serve "$$model" $(if $(SKIP),--skip $(SKIP)) --served-model-name SmolLM2-135M-Instruct \
-		--host $(HOST) --port $(PORT) $(DTYPE) $(ARGS)
+		--host $(HOST) --port $(PORT) $(ARGS)
 
 # 2,400 tokens of KV cache for stock, five requests, in blocks of 32, so that memory binds, as it does on a GPU under load: what
 # waits for it is late with its first token, by a promise that leaves time for the prompt. The same bytes for both. Requests
 # come evenly, since by chance alone a few dozen that do not would need hours to tell the two apart.
-COMPARED := --workload chat --scale 2 --arrival constant --ttft $(if $(SLOW_BF16),12,4) --itl 2 --goodput 0.9 --warmup 5 \
+COMPARED := --workload chat --scale 2 --arrival constant --ttft $(if $(FLOAT32),12,4) --itl 2 --goodput 0.9 --warmup 5 \
 	--duration 18 --cut --needles 0.1 --enforce-eager --block-size 32 --max-model-len 1024 \
-	--max-num-batched-tokens 128 --kv-cache-memory-bytes $(if $(DTYPE),117440512,58720256) $(DTYPE)
+	--max-num-batched-tokens 128 --kv-cache-memory-bytes $(if $(FLOAT32),117440512,58720256)
 # On a CPU vLLM keeps a core from the model, for the rest of the server: of two cores half the speed.
 compare: export VLLM_CPU_NUM_OF_RESERVED_CPU ?= 0
 compare: $(READY)  ## Load the embedded model and its default plan in turn, and report which serves more: a quarter of an hour
 	@stock=$$($(BIN)/vllm-ext model fetch) && planned=$$($(BIN)/vllm-ext model fetch --planned) && \
-		env --unset=VLLM_CPU_KVCACHE_SPACE $(BIN)/vllm-ext loadtest compare "$$stock" "$$planned" $(COMPARED) $(ARGS)
+		$(BIN)/vllm-ext loadtest compare "$$stock" "$$planned" $(COMPARED) $(ARGS)
 
 # Files are handed out to two workers, the longest first. Types are checked meanwhile.
 PYTEST := $(BIN)/python -m pytest

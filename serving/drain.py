@@ -8,13 +8,12 @@ import asyncio
 import logging
 import signal
 from http import HTTPStatus
-from types import FrameType
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serving import run_folder
 from serving.errors import Refused
 from serving.metrics import HttpMetrics
-from serving.stopping import stopping
 
 logger = logging.getLogger("vllm.vllm_ext")
 
@@ -39,14 +38,7 @@ class Drain:
         SIGINT stays vLLM's, does there what SIGTERM did, and is how vLLM is told in the end.
         """
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._begin)
-        vllms = signal.getsignal(signal.SIGINT)
-
-        def note(number: int, frame: FrameType | None) -> None:
-            stopping.told = True
-            if callable(vllms):
-                vllms(number, frame)
-
-        signal.signal(signal.SIGINT, note)
+        run_folder.tell_ready()
 
     def _begin(self) -> None:
         if self.draining:  # told twice: at once, then

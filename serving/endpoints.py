@@ -95,7 +95,7 @@ class EndpointPlugin:
     def attach_router(self, app: FastAPI) -> None:
         """Add our routes, and take /metrics away where it has a port of its own."""
         settings = getattr(app.state.args, ARGUMENT, None)
-        if settings is not None and settings.own_metrics_port:
+        if settings is not None and settings.metrics_port is not None:
             app.router.routes[:] = [each for each in app.router.routes if getattr(each, "path", None) != "/metrics"]
         app.include_router(router)
 

@@ -7,7 +7,9 @@ from starlette.responses import JSONResponse
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 
 RETRY_SECONDS = 1
-Reason = Literal["api_key", "body", "concurrency", "disconnected", "draining", "n", "output_tokens", "prompt_tokens"]
+Reason = Literal[
+    "api_key", "body", "concurrency", "disconnected", "draining", "n", "output_tokens", "prompt_tokens", "schema"
+]
 REASONS: tuple[Reason, ...] = get_args(Reason)
 
 

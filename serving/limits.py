@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving.errors import Reason, Refused
 from serving.request import Body, path_of, too_large
+from serving.schemas import check_schemas
 from serving.settings import ServerSettings
 
 OUTPUT_TOKENS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
@@ -52,6 +53,7 @@ class Limits:
     async def _check(self, scope: Scope, content: bytes) -> None:
         body = parse(content)
         check(body, self.settings)
+        check_schemas(body)
         limit = self.settings.max_prompt_tokens
         if limit is not None and path_of(scope) not in TOKENIZERS:
             await check_prompt(body, limit, partial(self.count, scope))

@@ -1,4 +1,7 @@
-"""What the endpoint admits and how it ends: set by `vllm-ext serve`, read by the server's middleware."""
+"""What the endpoint admits, shows and keeps, and how it ends: set by `vllm-ext serve`, read by the server."""
+
+from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -6,7 +9,7 @@ MEBIBYTE = 2**20
 
 
 class ServerSettings(BaseModel):
-    """Limits of one server; those that are None are off.
+    """Of one server; limits that are None are off.
 
     vLLM hands its arguments to every API server process, and these travel with them, as `ARGUMENT`.
     """
@@ -20,8 +23,12 @@ class ServerSettings(BaseModel):
     max_concurrent_requests: int | None = Field(default=None, ge=1)
     max_queued_requests: int = Field(default=0, ge=0)
     drain_seconds: float = Field(default=30.0, ge=0)
-    own_metrics_port: bool = False
-    """Whether /metrics is served on a port of its own, and so not on the main one."""
+    api_key_file: Path | None = None
+    metrics_port: int | None = None
+    """Where /metrics is served, and then not on the main port."""
+    log_format: Literal["text", "json"] = "text"
+    allow_code: bool = False
+    """Whether code from the checkpoint may be run, and pickled weights read."""
 
     @property
     def of_content(self) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from serving.supervisor import SUPERVISOR
 from vllm_ext.cli.main import main
 
 
@@ -29,6 +30,7 @@ def vllm_ext(*arguments: object) -> Done:
     try:
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(stdout), redirect_stderr(stderr):
             patch.setattr(sys, "argv", ["vllm-ext", *map(str, arguments)])
+            patch.setenv(SUPERVISOR, str(os.getppid()))  # or a server would be looked for in another process
             main()
     except SystemExit as ended:
         code = int(ended.code or 0)

@@ -126,6 +126,19 @@ def test_structured_output(client):
     assert json.loads(answer.choices[0].message.content)["city"] in ("Paris", "Rome")
 
 
+def test_a_schema_without_end_is_refused_and_a_tree_is_answered(client):
+    def ask(schema: dict):
+        form = {"type": "json_schema", "json_schema": {"name": "tree", "schema": schema}}
+        return client.chat.completions.create(**ASKED | {"max_tokens": 40}, response_format=form)
+
+    with pytest.raises(BadRequestError, match="refers to itself without end"):
+        ask({"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"})
+    child = {"anyOf": [{"type": "null"}, {"$ref": "#"}]}
+    fields = {"name": {"enum": ["Paris"]}, "child": child}
+    answer = ask({"type": "object", "properties": fields, "required": ["name", "child"]})
+    assert answer.choices[0].message.content.replace(" ", "").startswith('{"name":"Paris","child":')
+
+
 def test_a_tool_that_must_be_called(client):
     choice = {"type": "function", "function": {"name": "weather"}}
     asked = ASKED | {"max_tokens": 100}

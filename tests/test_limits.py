@@ -182,7 +182,10 @@ def test_a_large_body_is_413(server, chunked):
     assert answer.json()["error"]["type"] == "RequestEntityTooLargeError" or answer.json()["error"]["code"] == 413
 
 
-@pytest.mark.parametrize("path", ["/v1/models", "/v1/completions", "/tokenize", "/invocations", "/openapi.json"])
+ROUTES = ["/v1/models", "/v1/completions", "/tokenize", "/invocations", "/openapi.json", "/version", "/load"]
+
+
+@pytest.mark.parametrize("path", ROUTES)
 @pytest.mark.parametrize("given", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {KEY}"}])
 def test_every_route_asks_for_a_key(server, path, given):
     answer = httpx.request(
@@ -203,6 +206,14 @@ def test_each_key_of_the_file_opens(server):
     for key in (KEY, "another-key"):
         answer = httpx.get(f"{server.url}/v1/models", headers={"Authorization": f"Bearer {key}"})
         assert answer.status_code == 200
+
+
+def test_anthropics_clients_send_it_in_a_header_of_their_own(server):
+    body = {"model": "SmolLM2", "max_tokens": 2, "messages": [{"role": "user", "content": "Hi"}]}
+    for given, status in (({"x-api-key": KEY}, 200), ({"x-api-key": "wrong"}, 401)):
+        assert httpx.post(f"{server.url}/v1/messages", json=body, headers=given, timeout=60).status_code == status
+    chat = httpx.post(f"{server.url}/v1/chat/completions", json=body, headers={"x-api-key": KEY}, timeout=60)
+    assert chat.status_code == 401
 
 
 def test_no_key_in_processes_or_logs(server):

@@ -222,3 +222,4 @@ def test_passes_on_what_is_refused_while_vllm_is_configured(tiny_models):
         command = [*COMMAND, *map(str, told), *options]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         assert message in complaint(done)
+        assert done.stdout + done.stderr == complaint(done) + "\n"  # and nothing that vLLM, Triton or nanobind print

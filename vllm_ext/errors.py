@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from vllm_ext.noise import end_quietly
+
 CURES = {
     errno.ENOSPC: "free some space, or choose another folder",
     errno.EDQUOT: "free some space, or choose another folder",
@@ -60,6 +62,7 @@ def told_in_one_line() -> Iterator[None]:
     from rich.console import Console
 
     Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {line}", markup=False, style="red")
+    end_quietly()
     sys.exit(2)
 
 

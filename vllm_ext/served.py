@@ -39,12 +39,13 @@ class Served:
         head: HeadKind | None = None,
         agreement: float | None = None,
         *,
+        weights: bool = True,
         vllm_args: Sequence[str] = (),
     ) -> Self:
         """Find the model and check it, the plan that `changes` lay over it, and the head chosen for it.
 
-        Without `changes` and `head` it is the checkpoint as it is. Where `vllm_args` name no other format of weights,
-        those in the folder are checked too.
+        Without `changes` and `head` it is the checkpoint as it is. With `weights`, those in the folder are checked too,
+        where `vllm_args` name no other format of them.
 
         Raises:
             UsageError: for a missing or damaged checkpoint, or a plan or head that does not fit.
@@ -52,7 +53,8 @@ class Served:
         """
         checkpoint = Checkpoint.open(model, weights=False)
         plan = checkpoint.plan if changes is None else checkpoint.planned(changes)
-        if checkpoint.folder is not None and not any(argument.startswith("--load-format") for argument in vllm_args):
+        other = any(argument.startswith("--load-format") for argument in vllm_args)
+        if weights and checkpoint.folder is not None and not other:
             checkpoint.check_weights()
         chosen = _head(checkpoint, head, agreement)
         if plan is None and chosen != checkpoint.head:

@@ -1,8 +1,5 @@
 """The `vllm-ext` command."""
 
-from pathlib import Path
-from typing import Annotated, Literal
-
 import typer
 
 from vllm_ext.cli.bench import app as bench_app
@@ -10,107 +7,22 @@ from vllm_ext.cli.doctor import app as doctor_app
 from vllm_ext.cli.heads import app as heads_app
 from vllm_ext.cli.loadtest import app as loadtest_app
 from vllm_ext.cli.model import app as model_app
-from vllm_ext.cli.options import VLLM_OPTIONS, Agreement, Freeze, Head, Model, Skip, Window
 from vllm_ext.cli.plan import app as plan_app
 from vllm_ext.cli.probe import app as probe_app
 from vllm_ext.cli.quality import app as quality_app
-from vllm_ext.errors import UsageError, told_in_one_line
+from vllm_ext.cli.serve import app as serve_app
+from vllm_ext.errors import told_in_one_line
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(model_app, name="model")
 app.add_typer(heads_app, name="heads")
+app.add_typer(serve_app)
 app.add_typer(plan_app)
 app.add_typer(probe_app)
 app.add_typer(quality_app)
 app.add_typer(bench_app)
 app.add_typer(doctor_app)
 app.add_typer(loadtest_app, name="loadtest")
-
-
-@app.command("serve", context_settings=VLLM_OPTIONS)
-def serve(
-    context: typer.Context,
-    model: Model,
-    skip: Skip = None,
-    window: Window = None,
-    freeze: Freeze = None,
-    head: Head = None,
-    agreement: Agreement = None,
-    api_key_file: Annotated[
-        Path | None, typer.Option(envvar="VLLM_EXT_API_KEY_FILE", help="A file with API keys, one a line.")
-    ] = None,
-    metrics_port: Annotated[
-        int | None,
-        typer.Option(min=1, max=65535, envvar="VLLM_EXT_METRICS_PORT", help="/metrics here, not on the main port."),
-    ] = None,
-    max_body_bytes: Annotated[
-        int, typer.Option(min=1, envvar="VLLM_EXT_MAX_BODY_BYTES", help="Larger bodies get 413.")
-    ] = 32 * 2**20,
-    max_prompt_tokens: Annotated[
-        int | None, typer.Option(min=1, envvar="VLLM_EXT_MAX_PROMPT_TOKENS", help="Longer prompts get 400.")
-    ] = None,
-    max_n: Annotated[
-        int | None, typer.Option(min=1, envvar="VLLM_EXT_MAX_N", help="Requests for more choices get 400.")
-    ] = None,
-    max_output_tokens: Annotated[
-        int | None,
-        typer.Option(
-            min=1, envvar="VLLM_EXT_MAX_OUTPUT_TOKENS", help="Requests for more get 400; it is the default too."
-        ),
-    ] = None,
-    max_concurrent_requests: Annotated[
-        int | None,
-        typer.Option(min=1, envvar="VLLM_EXT_MAX_CONCURRENT_REQUESTS", help="More at once wait, or get 429."),
-    ] = None,
-    max_queued_requests: Annotated[
-        int,
-        typer.Option(
-            min=0, envvar="VLLM_EXT_MAX_QUEUED_REQUESTS", help="How many wait beside --max-concurrent-requests."
-        ),
-    ] = 0,
-    drain_seconds: Annotated[
-        float,
-        typer.Option(min=0, envvar="VLLM_EXT_DRAIN_SECONDS", help="After SIGTERM, the time to finish requests in."),
-    ] = 30,
-    log_format: Annotated[
-        Literal["text", "json"], typer.Option(envvar="VLLM_EXT_LOG_FORMAT", help="json is an object a line.")
-    ] = "text",
-    allow_code: Annotated[
-        bool,
-        typer.Option(
-            "--allow-code-from-checkpoint",
-            help="Let --trust-remote-code and pickled weights run its code.",
-        ),
-    ] = False,
-) -> None:
-    """Serve a model on 127.0.0.1:8000 through vLLM; every option of `vllm serve` may follow.
-
-    Without --skip, --window, --freeze or --head it serves the checkpoint as it is, stock or planned.
-    """
-    from serving.settings import ServerSettings
-    from vllm_ext.layers import layer_plans
-    from vllm_ext.serve import Endpoint
-    from vllm_ext.serve import serve as run
-    from vllm_ext.served import Served
-
-    if max_queued_requests and max_concurrent_requests is None:
-        raise UsageError(
-            f"--max-queued-requests {max_queued_requests}: it counts those beyond --max-concurrent-requests; give that "
-            "too"
-        )
-    settings = ServerSettings(
-        max_body_bytes=max_body_bytes,
-        max_prompt_tokens=max_prompt_tokens,
-        max_n=max_n,
-        max_output_tokens=max_output_tokens,
-        max_concurrent_requests=max_concurrent_requests,
-        max_queued_requests=max_queued_requests,
-        drain_seconds=drain_seconds,
-    )
-    endpoint = Endpoint(settings, api_key_file, metrics_port, log_format, allow_code)
-    changes = None if skip is window is freeze is None else layer_plans(skip, window, freeze)
-    served = Served.open(model, changes, head, agreement, vllm_args=context.args)
-    run(served, context.args, endpoint)
 
 
 def main() -> None:
