@@ -97,7 +97,7 @@ def smollm2() -> Path:
 def served_smollm2(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Server]":
     """A server of the embedded model, its top three layers without attention: for whoever harms no other's tests."""
     from tests.servers import served
-    from vllm_ext.offline.model import fast_dtype
+    from vllm_ext.dtypes import fast_dtype
 
     options = ["--skip", "27-29", "--served-model-name", "SmolLM2", "--dtype", fast_dtype()]
     options += ["--max-model-len", 1024, "--max-num-batched-tokens", 256]

@@ -12,7 +12,7 @@ from openai import BadRequestError, OpenAI
 
 from serving.plan import PlanReport
 from tests.servers import eventually, rows, served
-from vllm_ext.offline.model import fast_dtype
+from vllm_ext.dtypes import fast_dtype
 from vllm_ext.process import free_port
 
 MODEL = "SmolLM2"

@@ -4,8 +4,8 @@ import pytest
 
 from model_executors.attention_plan import LayerPlan
 from vllm_ext.checkpoint import Checkpoint, write_planned
+from vllm_ext.dtypes import fast_dtype
 from vllm_ext.offline.fit import fit
-from vllm_ext.offline.model import fast_dtype
 from vllm_ext.quality.command import measure
 from vllm_ext.quality.work import Settings
 from vllm_ext.served import Served

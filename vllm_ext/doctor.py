@@ -1,10 +1,17 @@
-"""`vllm-ext doctor`: what is installed, whether vLLM sees the plugin, what is supported here, and what to mend."""
+"""`vllm-ext doctor`: what is installed, what this machine runs fast, what is supported, and what to mend; a line each.
+
+vLLM itself is not imported, which takes half a minute on a busy machine: its version, the entry points that it will
+find and the packages that keep it from importing are looked at instead.
+"""
 
 import os
 import platform
+import shutil
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import entry_points, version
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, entry_points, version
 
 from rich.console import Console
 from rich.table import Table
@@ -13,7 +20,9 @@ from model_executors.attention_plan import KINDS
 from model_executors.families import FAMILIES
 from vllm_ext.versions import PLUGIN, vllm_distribution, vllm_problem
 
-GROUPS = ("vllm.general_plugins", "vllm.stat_logger_plugins")
+GROUPS = ("vllm.general_plugins", "vllm.stat_logger_plugins", "vllm.endpoint_plugins")
+BESIDE_TORCH = ("torchvision", "torchaudio", "torchcodec")
+"""vLLM imports these where they are installed, and does not start where they were built for another torch."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +38,7 @@ def examine() -> bool:
     """Print the report; returns whether all is well."""
     console = Console(highlight=False)
     table = Table(show_header=False, box=None)
-    with console.status("asking vLLM, which takes a moment to import"):
-        findings = list(_findings())
+    findings = list(_findings())
     for finding in findings:
         table.add_row("[red]✗[/]" if finding.cure else "[green]✓[/]", finding.subject, finding.state)
     console.print(table)
@@ -43,44 +51,69 @@ def examine() -> bool:
 def _findings() -> Iterator[Finding]:
     yield Finding("vllm-ext", f"{version('vllm-ext')}, Python {platform.python_version()}")
     name, found = vllm_distribution() or ("vllm", "not installed")
-    problem = vllm_problem()
-    yield Finding(name, found, problem)
-    for group in GROUPS:
-        seen = any(point.name == PLUGIN for point in entry_points(group=group))
-        yield Finding(
-            group, PLUGIN if seen else "missing", None if seen else "install vllm-ext again: pip install -e ."
-        )
+    yield Finding(name, found, vllm_problem())
+    yield _plugin()
+    try:
+        import torch
+    except Exception as error:  # whatever keeps it from importing is the finding
+        yield Finding("torch", type(error).__name__, f"{error}; install vllm-ext[cpu] or vllm-ext[cuda] again")
+        return
+    yield _torch(torch.__version__)
+    yield from _gpus() if torch.cuda.is_available() else [_cpu()]
+    yield Finding(
+        "families", f"{len(FAMILIES)}, each with its row in model_executors/families.py; layers: {', '.join(KINDS)}"
+    )
+
+
+def _plugin() -> Finding:
+    """Whether vLLM will find and load our entry points."""
+    missing = [group for group in GROUPS if PLUGIN not in entry_points(group=group).names]
+    if missing:
+        return Finding("plugin", f"no {', '.join(missing)}", "install vllm-ext again: pip install -e .")
     allowed = os.environ.get("VLLM_PLUGINS")
-    if allowed is not None:
-        cure = None if PLUGIN in allowed.split(",") else f"add {PLUGIN} to it or unset it"
-        yield Finding("VLLM_PLUGINS", repr(allowed), cure)
-    if problem is None:
-        yield from _in_vllm()
-    yield Finding("kinds", ", ".join(KINDS))
+    if allowed is not None and PLUGIN not in allowed.split(","):
+        return Finding("VLLM_PLUGINS", repr(allowed), f"add {PLUGIN} to it or unset it")
+    return Finding("plugin", f"{PLUGIN}, which vLLM finds in {len(GROUPS)} groups")
 
 
-def _in_vllm() -> Iterator[Finding]:
-    """What vLLM itself says once it has loaded its plugins."""
+def _torch(found: str) -> Finding:
+    for package in BESIDE_TORCH:
+        try:
+            version(package)
+            import_module(package)
+        except PackageNotFoundError:
+            continue
+        except Exception as error:
+            cure = f"{package} does not import beside it ({error}), nor does vLLM; remove it, or install the one for it"
+            return Finding("torch", found, cure)
+    return Finding("torch", found)
+
+
+def _cpu() -> Finding:
+    """What the CPU computes fast, and the type that follows."""
     import torch
 
-    yield Finding("torch", f"{torch.__version__}, {torch.cuda.device_count() or 'no'} CUDA devices")
-    try:
-        from vllm import ModelRegistry
-        from vllm.platforms import current_platform
-        from vllm.plugins import load_general_plugins
+    from vllm_ext.dtypes import slow_on_cpu
 
-        from vllm_ext.offline.model import slow_on_cpu
+    extensions = torch.backends.cpu.get_cpu_capability()
+    threads = f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} cores"
+    if slow_on_cpu(torch.bfloat16):
+        return Finding("CPU", f"{extensions}, {threads}; bfloat16 is slow: serve with --dtype float32")
+    return Finding("CPU", f"{extensions}, {threads}; bfloat16 is fast: keep the checkpoint's type")
 
-        load_general_plugins()
-        known = set(ModelRegistry.get_supported_archs())
-    except Exception as error:  # whatever keeps vLLM from importing is the finding
-        yield Finding("import vllm", type(error).__name__, f"{error}; remove packages built for another torch")
-        return
-    name = current_platform.device_name or "unknown"
-    slow = current_platform.is_cpu() and slow_on_cpu(torch.bfloat16)
-    yield Finding("platform", name + " (bfloat16 is slow here: serve with --dtype float32)" * slow)
-    for family in FAMILIES.values():
-        registered = family.planned_architecture in known
-        cure = None if registered else "vLLM does not list it; see the log above for what kept the plugin from loading"
-        kinds = "" if family.kinds == KINDS else f" ({', '.join(family.kinds)})"
-        yield Finding("family", family.architecture + kinds, cure)
+
+def _gpus() -> Iterator[Finding]:
+    """Each GPU with its driver, and the attention that vLLM takes there by itself."""
+    import torch
+
+    driver = "driver unknown"
+    if tool := shutil.which("nvidia-smi"):
+        command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+        driver = f"driver {done.stdout.split()[0]}" if done.returncode == 0 and done.stdout.split() else driver
+    for number in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(number)
+        attention = {9: "FlashAttention 3", 8: "FlashAttention 2"}.get(properties.major, "chosen by vLLM")
+        memory = f"{properties.total_memory / 2**30:.0f} GiB"
+        state = f"{properties.name}, {memory}, {driver}, CUDA {torch.version.cuda}; attention: {attention}"
+        yield Finding(f"GPU {number}", state)

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from vllm_ext.offline.model import fast_dtype
+from vllm_ext.dtypes import fast_dtype
 
 STAND_IN = "\x00"
 

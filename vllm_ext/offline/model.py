@@ -6,7 +6,7 @@ What is fitted (`fit.py`) and what is probed (`probe/`) is computed with it, on 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,6 +24,7 @@ from transformers.masking_utils import sdpa_mask
 
 from model_executors.attention_plan import FULL, LayerPlan, tensor_name, tensors_of
 from vllm_ext.checkpoint import Checkpoint
+from vllm_ext.dtypes import slow_on_cpu
 from vllm_ext.errors import UsageError
 from vllm_ext.offline.attentions import Attend, Keep, Seen, Skipped, attend_as_told, attending
 
@@ -33,18 +34,6 @@ LOGITS_AT_ONCE = 256
 
 Plans = Mapping[int, LayerPlan]
 Fitted = Mapping[str, torch.Tensor]
-
-
-def slow_on_cpu(dtype: torch.dtype) -> bool:
-    """Whether this CPU has no fast products in that type, and float32 is several times faster."""
-    if dtype == torch.bfloat16:
-        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype == torch.float16
-
-
-def fast_dtype() -> Literal["float32", "auto"]:
-    """What vLLM is to be run in where any type will do: the checkpoint's, unless this CPU is slow with it."""
-    return "float32" if not torch.cuda.is_available() and slow_on_cpu(torch.bfloat16) else "auto"
 
 
 class OfflineModel:
