@@ -21,7 +21,7 @@ from loadtests.statistics import figures
 from loadtests.threshold import SIDES, Thresholds
 from loadtests.watch import Client
 
-SLOW = pytest.mark.slow  # minutes of simulation
+NIGHTLY = pytest.mark.nightly  # minutes of simulation
 FIRST, GAP = 0.2, 0.01
 OBJECTIVE = Objective(ttft=2.0, itl=0.2, goodput=0.9)
 LOAD = Load(scale=0.5, warmup=3, duration=18, cut=True)
@@ -69,7 +69,7 @@ class Machine:
         return Run(found, answers, load.warmup, Client((0, 0), (0, 0), 0.1))
 
 
-def compared(monkeypatch, slots, seed, noise=0.04, drift=0.1, minutes=15.0, arrival="constant"):
+def compared(monkeypatch, slots, seed, noise=0.04, drift=0.1, minutes=15.0, arrival="constant", **more):
     """A whole comparison; returns its results and the seconds that it would have taken."""
     clock, dice = Clock(), np.random.default_rng(seed)
     machines = dict(zip(SIDES, (Machine(each, clock, noise, drift, dice) for each in slots), strict=True))
@@ -92,14 +92,14 @@ def compared(monkeypatch, slots, seed, noise=0.04, drift=0.1, minutes=15.0, arri
     monkeypatch.setattr(compare, "prefix_cache", lambda url: (math.nan, math.nan))
     monkeypatch.setattr(Comparison, "_observed", lambda self, side: nullcontext(side))
     load = Load(**vars(LOAD) | {"seed": seed, "arrival": arrival})
-    plan = Plan(("chat",), OBJECTIVE, load, minutes=minutes)
+    plan = Plan(("chat",), OBJECTIVE, load, minutes=minutes, **more)
     results = Comparison(plan, {}, dict.fromkeys(SIDES, "")).measure(lambda _: None, lambda _: None)
     return results, clock.now
 
 
 @pytest.mark.parametrize(
     ("arrival", "tries"),
-    [("constant", 20), pytest.param("constant", 200, marks=SLOW), pytest.param("poisson", 100, marks=SLOW)],
+    [("constant", 20), pytest.param("constant", 200, marks=NIGHTLY), pytest.param("poisson", 100, marks=NIGHTLY)],
 )
 def test_equal_servers_are_no_difference_in_nineteen_of_twenty(monkeypatch, arrival, tries):
     found = [compared(monkeypatch, (10, 10), seed, arrival=arrival) for seed in range(tries)]
@@ -108,7 +108,7 @@ def test_equal_servers_are_no_difference_in_nineteen_of_twenty(monkeypatch, arri
     assert max(seconds for _, seconds in found) <= 15 * 60
 
 
-@pytest.mark.parametrize("tries", [8, pytest.param(40, marks=SLOW)])
+@pytest.mark.parametrize("tries", [8, pytest.param(40, marks=NIGHTLY)])
 @pytest.mark.parametrize(("slots", "gain"), [((10, 12), 1.2), ((10, 13), 1.3), ((10, 15), 1.5)])
 def test_planted_ratios_are_told_right_in_a_quarter_of_an_hour(monkeypatch, slots, gain, tries):
     found = [compared(monkeypatch, slots, seed) for seed in range(tries)]
@@ -126,6 +126,15 @@ def test_a_time_that_is_over_ends_the_search_and_says_how_little_is_known(monkey
     results, seconds = compared(monkeypatch, (10, 13), 0, minutes=6)
     assert seconds <= 6 * 60
     assert results.gain["chat"].high / results.gain["chat"].low > 1.3
+
+
+def test_servers_that_are_up_in_turn_are_told_apart_too(monkeypatch):
+    """Some runs of one, then some of the other; both sides of a pair at one rate."""
+    results, seconds = compared(monkeypatch, (10, 16), 1, in_turn=True)
+    assert results.gain["chat"].low > 1
+    rates = {side: [point.figures.rate for point in results.runs("chat", side, "level")] for side in SIDES}
+    assert rates["A"] == rates["B"] != []
+    assert seconds < 20 * 60
 
 
 def searched(gain, seed, noise, pairs):

@@ -40,6 +40,7 @@ def saturate(context: typer.Context) -> None:
     from loadtests.saturation import saturate as search
     from loadtests.settings import Load
     from loadtests.texts import Texts
+    from loadtests.watch import BOUND
 
     with _refusing():
         parser = _parser("saturate", saturate.__doc__)
@@ -49,6 +50,8 @@ def saturate(context: typer.Context) -> None:
         parser.add_argument("--tolerance", type=float, default=0.1, metavar="X", help="How closely the highest rate is "
             "found, as a part of it. Default: 0.1.")  # fmt: skip
         parser.add_argument("--start", type=float, metavar="X", help="The first rate to try; by default found.")
+        parser.add_argument("--client-bound", type=float, default=BOUND, metavar="X", help="Seconds at the median by "
+            f"which this client's times may be wrong in a run. Default: {BOUND:g}.")  # fmt: skip
         given = parser.parse_args(context.args)
         load, objective = read_options(given, Load, speed=0.0), read_options(given, Objective)
         load.asks(texts=Texts())
@@ -59,7 +62,10 @@ def saturate(context: typer.Context) -> None:
 
         def holds(rate: float) -> bool:
             with errors.status(f"{rate:.4g} requests/s"):
-                found = pace.run(given.url, replace(load, rate=rate, text_seed=next(texts)), objective).figures
+                done = pace.run(given.url, replace(load, rate=rate, text_seed=next(texts)), objective)
+            if why := done.client.void(given.client_bound):
+                raise UsageError(why)
+            found = done.figures
             why = "ended early" if found.given_up else "steady" if found.steady else "not steady"
             errors.print(f"{rate:.4g} requests/s: {found.good:.3f} within the promise, {why}")
             return found.held(objective)
