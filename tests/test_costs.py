@@ -13,6 +13,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from model_executors.attention_plan import AttentionPlan, LayerPlan
 from model_executors.families import family_of
+from model_executors.hooks.kv_cache import SinkWindowSpec
 from tests.engines import engine, runner, skipping
 from tests.tiny import CONFIGS, NUM_LAYERS
 from vllm_ext.costs import BLOCK_SIZE, KvBytes, Reach, Shape, count_parameters, kv_blocks, reaches, saved_kv
@@ -81,17 +82,23 @@ def vllm_config(tiny_models):
 
 @settings(deadline=None)
 @given(
-    windows=st.lists(st.sampled_from([None, 128, 200]), min_size=1, max_size=40),
+    reaches=st.lists(
+        st.sampled_from([Reach(), Reach(128), Reach(128, 4), Reach(128, 16), Reach(200, 4)]), min_size=1, max_size=40
+    ),
     context=st.sampled_from([1, 16, 17, 127, 128, 129, 144, 145, 4_096]),
 )
-def test_blocks_are_those_of_vllm_s_groups(vllm_config, windows, context):
+def test_blocks_are_those_of_vllm_s_groups(vllm_config, reaches, context):
+    """A model's own windows have no sink; a decoded request has one token in flight."""
     common = {"block_size": BLOCK_SIZE, "num_kv_heads": 2, "head_size": 32, "dtype": torch.float32}
-    specs = {
-        f"layers.{layer}.attn": SlidingWindowSpec(**common, sliding_window=window)
-        if window
-        else FullAttentionSpec(**common)
-        for layer, window in enumerate(windows)
-    }
+
+    def spec_of(reach):
+        if reach.window is None:
+            return FullAttentionSpec(**common)
+        if not reach.sink:
+            return SlidingWindowSpec(**common, sliding_window=reach.window)
+        return SinkWindowSpec(**common, sliding_window=reach.window, sink=reach.sink, in_flight_tokens=1)
+
+    specs = {f"layers.{layer}.attn": spec_of(reach) for layer, reach in enumerate(reaches)}
     groups = get_kv_cache_groups(vllm_config, dict(specs))
     full = ceil(context / BLOCK_SIZE)
     blocks = 0
@@ -99,7 +106,7 @@ def test_blocks_are_those_of_vllm_s_groups(vllm_config, windows, context):
         spec = specs[group.layer_names[0]]
         windowed = isinstance(spec, SlidingWindowSpec)
         blocks += min(full, spec.max_admission_blocks_per_request(1, 4_096)) if windowed else full
-    assert kv_blocks(map(Reach, windows), context) == blocks * max(len(group.layer_names) for group in groups)
+    assert kv_blocks(reaches, context) == blocks * max(len(group.layer_names) for group in groups)
 
 
 def test_windows_that_leave_groups_half_empty_save_less():

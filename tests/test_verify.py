@@ -6,6 +6,7 @@ from vllm.config import DeviceConfig
 
 from model_executors.attention_plan import LayerPlan
 from model_executors.heads.head_plan import HeadPlan
+from model_executors.hooks.kv_cache import in_flight_tokens
 from model_executors.hooks.verify import AttentionPlanConfig
 from tests.engines import engine, skipping
 from vllm_ext.checkpoint import Checkpoint
@@ -75,6 +76,51 @@ def test_refuses_what_a_kind_cannot_do(tiny_models, changes, settings, message):
 def test_refuses_a_window_where_the_model_has_one(tiny_models):
     with pytest.raises(ValueError, match="window 8 on layer 2: the model gives that layer a sliding window of 16"):
         configure(tiny_models("Gemma2"), {2: LayerPlan("window", 8)})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+            "--kv-transfer-config .*connectors do not know windows with a sink; drop it, or",
+        ),
+        ({"kv_offloading_size": 1.0}, "--kv-offloading-size.*: connectors do not know windows with a sink"),
+        ({"disable_hybrid_kv_cache_manager": True}, "without it windows save nothing; drop it, or serve without"),
+    ],
+    ids=["connector", "offloading", "hybrid manager"],
+)
+def test_refuses_windows_without_the_hybrid_manager(tiny_models, settings, message):
+    with pytest.raises(ValueError, match=message):
+        configure(tiny_models("Llama"), {2: LayerPlan("window", 8)}, **settings)
+
+
+def test_refuses_windows_that_vllm_would_take_for_the_models_own(tiny_models):
+    """Where no layer is left in full, layers of one window share their blocks, whether these have a sink or not."""
+    windows = dict.fromkeys((1, 3, 5), LayerPlan("window", 16))
+    with pytest.raises(ValueError, match="window 16 is the model's own on the other layers: take another size, or le"):
+        configure(tiny_models("Gemma2"), windows)
+    assert configure(tiny_models("Gemma2"), dict.fromkeys((1, 3, 5), LayerPlan("window", 17)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "most"),
+    [
+        ({"max_num_batched_tokens": 8192}, 256),  # the model's length
+        ({"max_num_batched_tokens": 128}, 128),
+        ({"max_num_batched_tokens": 128, "long_prefill_token_threshold": 32}, 32),
+    ],
+)
+def test_windows_bound_what_is_computed_of_a_request_at_once(tiny_models, settings, most):
+    config = configure(tiny_models("Llama"), {2: LayerPlan("window", 8)}, **settings)
+    assert config.scheduler_config.long_prefill_token_threshold == most
+    assert in_flight_tokens(config) == config.max_concurrent_batches * most
+
+
+def test_a_scheduler_of_the_users_own_bounds_nothing(tiny_models):
+    stock = {"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}
+    config = configure(tiny_models("Llama"), {2: LayerPlan("window", 8)}, **stock, max_num_batched_tokens=512)
+    assert in_flight_tokens(config) == config.max_concurrent_batches * 512
 
 
 def test_allows_what_needs_all_positions_where_there_is_no_tail(tiny_models):

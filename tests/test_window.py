@@ -72,3 +72,47 @@ def test_memory_is_freed_as_tokens_leave_the_window(tiny_models):
     # By vLLM's reckoning: 32 blocks a request for each of six layers, against 32 for three layers and 6 for three: the
     # first, 127 + 2 x 256 tokens' of the window and of two batches under way, and one where these begin.
     assert capacity["windows"] / capacity["stock"] == pytest.approx(6 * 32 / (3 * (32 + 7)), rel=0.03)
+
+
+def test_a_pool_of_little_more_than_one_request_never_stops(tiny_models):
+    """Requests of every length wait for each other and are preempted; alone, each is prefilled in steps that fit."""
+    windows = dict.fromkeys([3, 4, 5], LayerPlan("window", 16))
+    asked = prompts((2030, 1, 100, 500, 2030, 1000, 1500, 130, 2030))
+    told = []
+    # 16 blocks of 128 for the full layers, and for the windows the first, 15 + 2 x 64 tokens' and one; one is vLLM's.
+    for blocks in (16 + 4 + 1, 500):
+        with engine(
+            tiny_models("Llama"),
+            windows,
+            hf_overrides={"max_position_embeddings": 2048},
+            max_model_len=2048,
+            max_num_batched_tokens=2048,
+            long_prefill_token_threshold=64,
+            num_gpu_blocks_override=blocks,
+        ) as llm:
+            told.append([answer.tokens for answer in answers(llm, asked, prompt_logprobs=False)])
+            assert llm.llm_engine.vllm_config.cache_config.num_gpu_blocks == blocks
+    assert told[0] == told[1]
+
+
+def test_what_is_computed_at_once_is_bounded_where_the_user_has_not(tiny_models):
+    """And what a request is charged with follows: with vLLM's batch of 8,192 tokens, windows hold what they promise."""
+    windows = dict.fromkeys([1, 2, 4, 5], LayerPlan("window", 128))
+    held = {}
+    for changes in ({}, windows):
+        for length in (8192, 16384):
+            config = {"max_position_embeddings": length, "num_hidden_layers": 6}
+            with engine(
+                tiny_models("Llama"),
+                changes,
+                hf_overrides=config,
+                max_model_len=length,
+                max_num_batched_tokens=8192,
+                block_size=32,
+                kv_cache_memory_bytes=2**28,
+            ) as llm:
+                settings = llm.llm_engine.vllm_config
+                assert settings.scheduler_config.long_prefill_token_threshold == (2048 if changes else 0)
+                held[len(changes), length] = settings.cache_config.kv_cache_max_concurrency
+    assert held[4, 8192] / held[0, 8192] > 1.4
+    assert held[4, 16384] / held[0, 16384] > 1.9

@@ -8,8 +8,9 @@ and takes the kernel that vLLM has for such lists; a wider one takes torch's att
 
 import copy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
+import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from vllm import _custom_ops as ops
@@ -34,56 +35,71 @@ KEYS_AT_ONCE = 2**17
 FP8 = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 
 
-def seen_places(token: torch.Tensor, window: int, sink: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What each band sees: the places of its keys in the request `[bands, keys]`, and which of its tokens sees which,
-    `[bands, width, keys]`.
-
-    `token` `[bands, width]` is where a band's tokens are in their request, of which the first is the lowest.
-    """
-    behind = (token[:, :1] + 1 - sink - window).clamp(min=0)  # what no token of the band sees, after the sink
-    number = torch.arange(sink + window - 1 + token.shape[1])
-    places = torch.where(number < sink, number, number + behind)
-    token, place = token.unsqueeze(2), places.unsqueeze(1)
-    return places, (place <= token) & ((place < sink) | (place > token - window))
-
-
 @dataclass
 class Bands:
     """Bands of one width."""
 
     tokens: torch.Tensor
     """`[bands, width]`, which of the step's queries they are; what is missing in a request's last band repeats."""
-    request: torch.Tensor
-    """`[bands]`"""
-    places: torch.Tensor
-    """`[bands, keys]`, what they see."""
-    seen: torch.Tensor
-    """`[bands, width, keys]`"""
+    request: np.ndarray
+    """`[bands, 1]`"""
+    places: np.ndarray
+    """`[bands, keys]`, where what they see is in their request: the sink, and what follows from the first one's window
+    on.
+    """
+    seen: torch.Tensor | None
+    """`[bands, width, keys]`, which token sees which; a band of one token sees the first `count` keys."""
     count: torch.Tensor
-    """`[bands]`, the keys that a band of one token sees: the first ones of its places."""
+    """`[bands]`"""
+    every: torch.Tensor
+    """`[bands]`, 0, 1, 2, ..."""
     slots: torch.Tensor = field(init=False)
     """`[bands, keys]`, where they lie in the KV cache."""
 
     @classmethod
     def of(
-        cls, first: torch.Tensor, end: torch.Tensor, position: torch.Tensor, width: int, window: int, sink: int
-    ) -> "Bands":
-        """Cut requests in bands: their tokens are `first` to `end` in the step, `position` is the first's in the
-        request, all `[requests]`.
+        cls,
+        request: np.ndarray,
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        window: int,
+        sink: int,
+    ) -> Self:
+        """Bands of the step's `tokens`, which are at `positions` in their `request`: `[bands]`, twice `[bands, width]`.
+
+        What follows the sink are the tokens from the first one's window on; none are twice in it.
         """
-        bands = (end - first + width - 1) // width
-        request = torch.repeat_interleave(torch.arange(len(bands)), bands)
-        number = torch.arange(len(request)) - (bands.cumsum(0) - bands)[request]
-        tokens = (first[request] + number * width).unsqueeze(1) + torch.arange(width)
-        tokens = tokens.minimum(end[request].unsqueeze(1) - 1)
-        places, seen = seen_places(tokens + (position - first)[request].unsqueeze(1), window, sink)
-        return cls(tokens, request, places, seen, seen[:, 0].sum(1))
+        width = tokens.shape[1]
+        number = np.arange(sink + window - 1 + width)
+        behind = np.maximum(positions[:, :1] + (1 - sink - window), 0)
+        places = number + (number >= sink) * behind
+        seen = None
+        if width > 1:
+            place, token = places[:, None], positions[:, :, None]
+            seen = torch.from_numpy((place <= token) & ((place < sink) | (place > token - window)))
+        count = torch.from_numpy(np.minimum(positions[:, 0] + 1, sink + window))
+        return cls(torch.from_numpy(tokens), request[:, None], places, seen, count, torch.arange(len(tokens)))
 
     def find(self, block_table: torch.Tensor, block_size: int) -> None:
-        """Set `slots` by the requests' blocks, `[requests, blocks]`."""
-        blocks = (self.places // block_size).clamp_(max=block_table.shape[1] - 1)
-        of_band = block_table[self.request].long()
-        self.slots = of_band.gather(1, blocks) * block_size + self.places % block_size
+        """Set `slots` by the blocks of the step's requests, `[requests, blocks]`."""
+        table = block_table.numpy()
+        blocks = table[self.request, np.minimum(self.places // block_size, table.shape[1] - 1)]
+        self.slots = torch.from_numpy(blocks * np.int64(block_size) + self.places % block_size)
+
+    def mask(self) -> torch.Tensor:
+        """`[bands, width, keys]`, which token sees which."""
+        return self.seen if self.seen is not None else torch.arange(self.places.shape[1]) < self.count.view(-1, 1, 1)
+
+
+def cut(first: np.ndarray, end: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Bands of `width` tokens of requests whose tokens are `first` to `end` in a step: their request `[bands]`, and
+    their tokens `[bands, width]`.
+    """
+    bands = -(-(end - first) // width)
+    request = np.repeat(np.arange(len(bands)), bands)
+    number = np.arange(len(request)) - np.repeat(np.cumsum(bands) - bands, bands)
+    tokens = (first[request] + number * width)[:, None] + np.arange(width)
+    return request, np.minimum(tokens, end[request][:, None] - 1)
 
 
 @dataclass
@@ -94,8 +110,6 @@ class WindowMetadata(AttentionMetadata):
     wide: Bands | None
     in_order: bool
     """Whether the bands of one token are all of the step's tokens, in their order."""
-    requests: tuple[torch.Tensor, torch.Tensor]
-    """Which of the step's requests are those of `single`, and of `wide`."""
 
 
 class WindowMetadataBuilder(AttentionMetadataBuilder[WindowMetadata]):
@@ -114,24 +128,24 @@ class WindowMetadataBuilder(AttentionMetadataBuilder[WindowMetadata]):
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> WindowMetadata:
         """Cut the step in bands."""
-        common, window, sink = common_attn_metadata, self.kv_cache_spec.sliding_window, self.kv_cache_spec.sink
-        bounds = common.query_start_loc[: common.num_reqs + 1].long()
+        common, spec = common_attn_metadata, self.kv_cache_spec
+        bounds = common.query_start_loc[: common.num_reqs + 1].numpy().astype(np.int64)
         first, end = bounds[:-1], bounds[1:]
-        position = common.seq_lens[: common.num_reqs].long() - (end - first)
-        if common.max_query_len <= SHORT:
-            every = torch.arange(common.num_reqs)
-            metadata = WindowMetadata(
-                Bands.of(first, end, position, 1, window, sink), None, in_order=True, requests=(every, every[:0])
-            )
-        else:
-            short = end - first <= SHORT
-            chosen = short.nonzero().flatten(), (~short).nonzero().flatten()
-            single, wide = (
-                Bands.of(first[some], end[some], position[some], width, window, sink) if len(some) else None
-                for some, width in zip(chosen, (1, self.width), strict=True)
-            )
-            metadata = WindowMetadata(single, wide, False, chosen)
-        return self._found(metadata, common.block_table_tensor)
+        offset = common.seq_lens[: common.num_reqs].numpy() - end  # from a token in the step to where it is
+
+        def bands(chosen: np.ndarray, width: int) -> Bands | None:
+            request, tokens = cut(first[chosen], end[chosen], width)
+            if not len(request):
+                return None
+            request = chosen[request]
+            return Bands.of(request, tokens, tokens + offset[request][:, None], spec.sliding_window, spec.sink)
+
+        requests = np.arange(common.num_reqs)
+        short = end - first <= SHORT
+        in_order = common.max_query_len <= SHORT
+        single = bands(requests if in_order else requests[short], 1)
+        wide = None if in_order else bands(requests[~short], self.width)
+        return self._found(WindowMetadata(single, wide, in_order), common.block_table_tensor)
 
     def update_block_table(
         self, metadata: WindowMetadata, blk_table: torch.Tensor, slot_mapping: torch.Tensor
@@ -142,9 +156,9 @@ class WindowMetadataBuilder(AttentionMetadataBuilder[WindowMetadata]):
         return self._found(updated, blk_table)
 
     def _found(self, metadata: WindowMetadata, block_table: torch.Tensor) -> WindowMetadata:
-        for bands, requests in zip((metadata.single, metadata.wide), metadata.requests, strict=True):
+        for bands in (metadata.single, metadata.wide):
             if bands is not None:
-                bands.find(block_table[requests], self.kv_cache_spec.block_size)
+                bands.find(block_table, self.kv_cache_spec.block_size)
         return metadata
 
 
@@ -187,16 +201,13 @@ class WindowImpl(AttentionImpl[WindowMetadata]):
         self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
     ) -> None:
         """Write K and V `[num_tokens, num_kv_heads, head_size]`; what has no slot, -1, goes where nothing is read."""
-        if self.quantized is not None:
-            key, value = key / layer._k_scale_float, value / layer._v_scale_float
-        rows = torch.cat((key, value), -1)[: len(slot_mapping)]
+        held = self.rows(kv_cache)
         if self.quantized is not None:
             most = torch.finfo(self.quantized).max
-            rows = rows.clamp(-most, most).to(self.quantized).view(torch.uint8)
-            kv_cache = kv_cache.view(torch.uint8)
-            kv_cache.view(-1, self.num_kv_heads, 2 * self.head_size)[slot_mapping.clamp(min=0)] = rows
-            return
-        self.rows(kv_cache)[slot_mapping.clamp(min=0)] = rows
+            key, value = key / layer._k_scale_float, value / layer._v_scale_float
+            key, value = (each.clamp(-most, most).to(self.quantized).view(torch.uint8) for each in (key, value))
+            held = held.view(torch.uint8)
+        held.index_copy_(0, slot_mapping.clamp(min=0), torch.cat((key, value), -1)[: len(slot_mapping)])
 
     def forward(
         self,
@@ -216,15 +227,13 @@ class WindowImpl(AttentionImpl[WindowMetadata]):
         rows = self.rows(kv_cache)
         single, wide = attn_metadata.single, attn_metadata.wide
         if single is not None and query.dtype != torch.float32 and self.quantized is None:
-            tokens = single.tokens.flatten()
-            asked, made = query, output
             if attn_metadata.in_order:
-                asked, made = query[: len(tokens)], output[: len(tokens)]
+                count = len(single.every)
+                self._attend_single(query[:count], rows, single, output[:count])
             else:
-                asked = query[tokens]
-                made = torch.empty_like(asked)
-            self._attend_single(asked, rows, single, made)
-            if not attn_metadata.in_order:
+                tokens = single.tokens.flatten()
+                made = torch.empty_like(asked := query[tokens])
+                self._attend_single(asked, rows, single, made)
                 output[tokens] = made
         elif single is not None:
             self._attend(layer, query, rows, single, output)
@@ -236,18 +245,17 @@ class WindowImpl(AttentionImpl[WindowMetadata]):
         """Bands of one token, through vLLM's kernel: `[bands, num_heads, head_size]`."""
         key, value = rows[..., : self.head_size], rows[..., self.head_size :]
         scores = query.new_empty((len(query), self.num_heads, 1, self.head_size + 1), dtype=torch.float32)
-        every = torch.arange(len(query))
         options = (self.scale, self.logits_soft_cap, False, -1, None, None)
         ops.cpu_mla_decode(
-            query, key, value, output, None, None, None, scores, bands.slots, every, bands.count, *options
+            query, key, value, output, None, None, None, scores, bands.slots, bands.every, bands.count, *options
         )
 
     def _attend(self, layer: Any, query: torch.Tensor, rows: torch.Tensor, bands: Bands, output: torch.Tensor) -> None:
         """Bands of any width, in torch: a slice of them at a time."""
-        at_once = max(1, KEYS_AT_ONCE // bands.places.shape[1])
+        at_once, mask = max(1, KEYS_AT_ONCE // bands.places.shape[1]), bands.mask()
         for start in range(0, len(bands.tokens), at_once):
             some = slice(start, start + at_once)
-            tokens, seen = bands.tokens[some], bands.seen[some]
+            tokens, seen = bands.tokens[some], mask[some]
             kept = rows[bands.slots[some]]  # [bands, keys, num_kv_heads, 2 * head_size]
             key, value = (part.transpose(1, 2) for part in kept.split(self.head_size, -1))
             if self.quantized is not None:
@@ -256,8 +264,7 @@ class WindowImpl(AttentionImpl[WindowMetadata]):
             asked = query[tokens].unflatten(2, (self.num_kv_heads, -1))  # [bands, width, num_kv_heads, groups, size]
             width, groups = asked.shape[1], asked.shape[3]
             asked = asked.transpose(1, 2).flatten(2, 3)
-            mask = seen.repeat_interleave(groups, 1).unsqueeze(1)
-            made = self._attention(asked, key, value, mask)
+            made = self._attention(asked, key, value, seen.repeat_interleave(groups, 1).unsqueeze(1))
             output[tokens] = made.unflatten(2, (width, groups)).transpose(1, 2).flatten(2, 3)
 
     def _attention(
