@@ -86,6 +86,20 @@ def test_is_charged_for_no_more_than_all_of_its_tokens():
     assert window_spec(30, 4).max_admission_blocks_per_request(1_000, LONGEST) == 1 + 12 + 1
 
 
+@pytest.mark.parametrize(("length", "gain"), [(8_192, 1.47), (16_384, 1.97)])
+def test_windows_on_two_thirds_of_the_layers_hold_more_with_batches_of_8192(length, gain):
+    """Of vLLM's blocks for GPUs, with two batches under way, each with 2,048 tokens of a request at most."""
+    shape = COMMON | {"block_size": 16}
+    spec = SinkWindowSpec(**shape, sliding_window=128, sink=4, in_flight_tokens=2 * 2_048)
+    stock = SlidingWindowSpec(**shape, sliding_window=128)
+    full, windowed, stocks = (
+        length // 16,
+        *(each.max_admission_blocks_per_request(2 * 8_192, length) for each in (spec, stock)),
+    )
+    assert 3 * full / (full + 2 * windowed) == pytest.approx(gain, abs=0.01)
+    assert 3 * full / (full + 2 * stocks) == pytest.approx(1, abs=0.01)
+
+
 @pytest.mark.parametrize(("window", "sink"), [(2, 1), (5, 4), (9, 6), (30, 16)])
 @pytest.mark.parametrize("length", [3, 4, 5, 17, 64, 65, 90])
 def test_a_prefix_is_found_with_its_sink_and_its_window(window, sink, length):
