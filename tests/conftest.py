@@ -24,18 +24,22 @@ if TYPE_CHECKING:
 
 # Files that ask the same server, which one worker starts.
 TOGETHER = dict.fromkeys(("test_endpoints", "test_load_served", "test_serve"), "served")
-# The longest first, so that two workers end together.
+# The longest first, so that two workers end together; what listens to the clock is not beside the type checker.
 FIRST = (
     "test_engine_modes",
     "test_faults",
     "served",
-    "test_fallback_head",
     "test_dashboards",
-    "test_families",
+    "test_fallback_head",
+    "test_bench",
     "test_quality",
+    "test_conversion",
+    "test_families",
 )
 # Engines over vLLM's Transformers backend, which changes transformers' classes for the whole process.
 LAST = ("test_transformers_decoder",)
+for _name in {*TOGETHER, *FIRST, *LAST} - {*TOGETHER.values()}:
+    assert Path(__file__).with_name(f"{_name}.py").exists(), f"{_name} is no test file any more"
 
 
 def group(nodeid: str) -> str:
