@@ -13,6 +13,7 @@ from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.cli.main import app
 from vllm_ext.errors import UsageError
 from vllm_ext.layers import changes_of
+from vllm_ext.offline.model import read_tokenizer
 from vllm_ext.planner import report, run
 from vllm_ext.planner.judge import Goal, judge
 from vllm_ext.planner.run import JOURNAL, Planner
@@ -171,3 +172,17 @@ def test_refuses_before_it_searches(copying, tmp_path, command, message):
     assert isinstance(result.exception, UsageError)
     assert message in str(result.exception)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_searched_with_and_judged_on(smollm2):
+    """At every length; the scan alone has one, and as few tokens as three minutes allow."""
+    tokenizer = read_tokenizer(Checkpoint.open(str(smollm2), weights=True))
+    settings = Settings(("needle", "uuids", "capitals"), lengths=(256, 512), items=0.2)
+    names = {split: {task.name for task in settings.made(tokenizer, split)} for split in ("search", "judge")}
+    assert names["search"] == {"needle at 256", "needle at 512", "capitals"}
+    assert names["judge"] == names["search"] | {"uuids at 256"}
+    quick = Settings(quick=True)
+    scanned = quick.made(tokenizer, "search")
+    assert {task.name for task in scanned} == {"needle at 1024", "needles at 1024"}
+    assert {task.name for task in quick.made(tokenizer, "judge")} == {task.name for task in scanned}
+    assert sum(task.tokens for task in scanned) * 30 / 2 < 100_000

@@ -85,7 +85,7 @@ class Settings:
                 near: Any = name
                 if not self.quick:
                     made.append(tasks.bundled(near, tokenizer, self._count(NEAR[name][split]), self.seed, split))
-            elif name in SCANNED or split == "judge" or not {*self.tasks} & {*SCANNED}:
+            elif name in SCANNED or not {*self.tasks} & {*SCANNED} or (split == "judge" and not self.quick):
                 made += self._retrieving(name, tokenizer, split)
         return made + [self._own(Path(file), tokenizer, split) for file in self.data]
 
