@@ -18,6 +18,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase, PerEngineStatLoggerAdapter
 
 from serving.metrics import PlanStatLogger
+from vllm_ext.errors import run_tool
 
 CALLS = 20_000
 PROMPT_TOKENS = 8
@@ -119,4 +120,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_tool(main)

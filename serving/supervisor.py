@@ -21,7 +21,7 @@ from serving.run_folder import FOLDER, READY
 
 SUPERVISOR = "SERVER_SUPERVISOR"
 STOPPING = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
-WAITED = STOPPING | {signal.SIGCHLD, signal.SIGALRM}
+WATCHED = {signal.SIGCHLD, signal.SIGALRM}
 GRACE_SECONDS = 15
 """For vLLM to end by itself, after the time to drain."""
 LEFTOVER_SECONDS = 2
@@ -34,9 +34,14 @@ SOCKET_NAME, SOCKET_PATH = 37, 107
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
+def heard() -> set[signal.Signals]:
+    """The signals that stop this program: all but those that who started it had it ignore, as nohup does."""
+    return {number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN}
+
+
 def end_at_once() -> None:
     """Let a signal end this process without a word, also where it is the first of a container."""
-    for number in STOPPING:
+    for number in heard():
         signal.signal(number, lambda number, _: os._exit(128 + number))
 
 
@@ -48,10 +53,7 @@ def is_supervised() -> bool:
 def obey() -> None:
     """Take signals as any program does, and drain if the supervisor is killed; call it first in the server."""
     _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    for number in STOPPING:
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, WAITED)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING | WATCHED)
 
 
 def supervise(drain_seconds: float) -> int:
@@ -61,7 +63,8 @@ def supervise(drain_seconds: float) -> int:
     the signal's number where it was told while it started.
     """
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    signal.pthread_sigmask(signal.SIG_BLOCK, WAITED)
+    waited = heard() | WATCHED
+    signal.pthread_sigmask(signal.SIG_BLOCK, waited)
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
     with tempfile.TemporaryDirectory(prefix="vllm-ext-", ignore_cleanup_errors=True) as folder:
         environment = os.environ | {FOLDER: folder, SUPERVISOR: str(os.getpid())}
@@ -69,14 +72,14 @@ def supervise(drain_seconds: float) -> int:
             environment.setdefault("VLLM_RPC_BASE_PATH", folder)
         command = [sys.executable, *sys.orig_argv[1:]]
         server = subprocess.Popen(command, env=environment, start_new_session=True)
-        return _watch(server, Path(folder) / READY, drain_seconds)
+        return _watch(server, waited, Path(folder) / READY, drain_seconds)
 
 
-def _watch(server: subprocess.Popen[bytes], ready: Path, drain_seconds: float) -> int:
+def _watch(server: subprocess.Popen[bytes], waited: set[signal.Signals], ready: Path, drain_seconds: float) -> int:
     """Wait for the server to end, or end it; either way nothing of it is left."""
     told = 0
     while server.poll() is None:
-        number = signal.sigwait(WAITED)
+        number = signal.sigwait(waited)
         if number == signal.SIGCHLD:
             continue
         if number == signal.SIGALRM or not ready.exists():

@@ -53,7 +53,7 @@ def test_the_first_request_is_answered_so_and_surely(dtype):
 
 def test_the_readme_is_read_in_two_minutes():
     assert len(README.encode()) <= 8192
-    for folder in ("vllm_ext", "model_executors", "loadtests", "deploy", "tests"):
+    for folder in ("vllm_ext", "model_executors", "serving", "loadtests", "deploy", "tests"):
         assert f"({folder}/README.md)" in README
 
 

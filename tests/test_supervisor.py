@@ -53,11 +53,13 @@ def program(tmp_path):
     """Starts a program that does this as the server, and waits until it printed so many lines."""
     started = []
 
-    def start(does: str, lines: int) -> tuple[subprocess.Popen[str], list[list[str]]]:
+    def start(does: str, lines: int, **more) -> tuple[subprocess.Popen[str], list[list[str]]]:
         (tmp_path / "program.py").write_text(PROGRAM % does)
         environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "TMPDIR": str(tmp_path)}
         command = [sys.executable, str(tmp_path / "program.py")]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True, **more
+        )
         started.append(process)
         return process, [process.stdout.readline().split() for _ in range(lines)]
 
@@ -107,7 +109,18 @@ def test_a_server_whose_supervisor_is_killed_is_told(program):
     assert eventually(lambda: not psutil.pid_exists(int(lines[0][1])), SECONDS)
 
 
-def test_a_server_that_does_not_drain_in_time_is_ended(program, monkeypatch):
+def test_a_signal_that_is_ignored_stays_so(program):
+    """As under nohup, when the terminal is closed."""
+    process, _ = program(SERVES.format(code=0), 2, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    tell(process, signal.SIGHUP, True)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1)
+    tell(process, signal.SIGTERM, True)
+    assert process.wait(SECONDS) == 0
+
+
+@pytest.mark.nightly
+def test_a_server_that_does_not_drain_in_time_is_ended(program):
     from serving.supervisor import GRACE_SECONDS
 
     deaf = SERVES.format(code=0).replace("lambda *_: sys.exit(0)", "signal.SIG_IGN")
@@ -130,9 +143,9 @@ def short_folder() -> Iterator[str]:
         ("has a server", signal.SIGINT, True),
         ("importing", signal.SIGTERM, False),
         ("Starting to load model", signal.SIGTERM, True),
-        ("Starting to load model", signal.SIGINT, False),
+        pytest.param("Starting to load model", signal.SIGINT, False, marks=pytest.mark.nightly),
         ("Warming up model", signal.SIGTERM, False),
-        ("Warming up model", signal.SIGINT, True),
+        pytest.param("Warming up model", signal.SIGINT, True, marks=pytest.mark.nightly),
     ],
 )
 def test_vllm_ends_at_every_moment_of_its_start(tiny_models, tmp_path, short_folder, moment, number, group):
