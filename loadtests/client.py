@@ -15,7 +15,7 @@ from geventhttpclient import HTTPClient
 from geventhttpclient.response import HTTPConnectionClosed, HTTPParseError
 
 from loadtests.answer import CUT, Answer, now
-from loadtests.requests import Request
+from loadtests.conversations import Request
 
 CONNECT_SECONDS, READ_SECONDS = 30.0, 600.0
 HEADERS = {"Content-Type": "application/json", "Accept-Encoding": "identity", "Accept": "text/event-stream"}

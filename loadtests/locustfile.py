@@ -23,9 +23,9 @@ from locust.runners import MasterRunner, WorkerRunner
 
 from loadtests.answer import Objective, now
 from loadtests.client import Chunk
+from loadtests.conversations import History
 from loadtests.open_loop import OpenLoop
 from loadtests.options import add_options
-from loadtests.requests import History
 from loadtests.session import Session
 from loadtests.settings import Load
 from loadtests.watch import BOUND

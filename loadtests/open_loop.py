@@ -10,7 +10,7 @@ from gevent.lock import BoundedSemaphore
 
 from loadtests.answer import CUT, GIVEN_UP, Answer, now
 from loadtests.client import Chunk
-from loadtests.requests import Conversation, History, Request
+from loadtests.conversations import Conversation, History, Request
 from loadtests.session import Session
 
 T = TypeVar("T")

@@ -13,8 +13,8 @@ from locust.runners import WorkerRunner
 
 from loadtests.answer import CUT, Answer, Objective, write_line
 from loadtests.client import Chunk, Stream, Streams, cut_off, open_client
+from loadtests.conversations import Request
 from loadtests.options import read_options
-from loadtests.requests import Request
 from loadtests.settings import Load
 from loadtests.tokenizers import find_texts
 from loadtests.watch import Watch

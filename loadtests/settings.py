@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from loadtests.arrivals import schedule
+from loadtests.conversations import Conversation
 from loadtests.options import option
-from loadtests.requests import Conversation
 from loadtests.sharegpt import read_dialogues
 from loadtests.texts import Texts
 from loadtests.traces import arrivals, mean_rate, read_trace

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from loadtests.conversations import Conversation, Request, Turn
 from loadtests.needles import needle
-from loadtests.requests import Conversation, Request, Turn
 from loadtests.sharegpt import Dialogue
 from loadtests.texts import WORDS, Texts
 from loadtests.traces import BLOCK_TOKENS, Traced

@@ -1,4 +1,4 @@
-"""Requests, ready to be sent, and conversations, whose next request follows from the answers before."""
+"""Conversations, whose next request follows from the answers before; most have one request."""
 
 import json
 from collections.abc import Sequence
