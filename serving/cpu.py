@@ -10,8 +10,8 @@ from argparse import Namespace
 
 from vllm.config import CompilationMode, VllmConfig
 
+from vllm_ext.dtypes import fast_dtype
 from vllm_ext.errors import UsageError
-from vllm_ext.offline.model import fast_dtype
 
 logger = logging.getLogger("vllm.vllm_ext")
 
