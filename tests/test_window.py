@@ -29,11 +29,13 @@ def test_equals_the_reference(tiny_models, family):
 
 
 def test_chunked_prefill(tiny_models):
-    """Windows reach back over chunks of 16 tokens, one after another."""
+    """Windows reach back over chunks of 16 tokens, one after another; their layers are two groups of the KV cache."""
+    plan = dict.fromkeys((1, 2, 4, 5), LayerPlan("window", 16))
     folder = tiny_models("Llama")
-    reference = Reference(folder, PLAN)
-    with engine(folder, PLAN, max_num_batched_tokens=16, max_num_seqs=8, enable_chunked_prefill=True) as llm:
+    reference = Reference(folder, plan)
+    with engine(folder, plan, max_num_batched_tokens=16, max_num_seqs=8, enable_chunked_prefill=True) as llm:
         ours = answers(llm, prompts(LENGTHS))
+        assert len(runner(llm).kv_cache_config.kv_cache_groups) == 3
     assert_same(ours, [reference.answer(prompt, NEW_TOKENS) for prompt in prompts(LENGTHS)])
 
 
