@@ -6,9 +6,11 @@ import signal
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from tempfile import TemporaryDirectory
 
 import pytest
 
+from serving.run_folder import FOLDER
 from serving.supervisor import SUPERVISOR
 from vllm_ext.cli.main import main
 
@@ -28,9 +30,15 @@ def vllm_ext(*arguments: object) -> Done:
     stdout, stderr = io.StringIO(), io.StringIO()
     code = 0
     try:
-        with pytest.MonkeyPatch.context() as patch, redirect_stdout(stdout), redirect_stderr(stderr):
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            TemporaryDirectory() as folder,
+            redirect_stdout(stdout),
+            redirect_stderr(stderr),
+        ):
             patch.setattr(sys, "argv", ["vllm-ext", *map(str, arguments)])
             patch.setenv(SUPERVISOR, str(os.getppid()))  # or a server would be looked for in another process
+            patch.setenv(FOLDER, folder)
             main()
     except SystemExit as ended:
         code = int(ended.code or 0)
