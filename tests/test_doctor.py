@@ -27,9 +27,7 @@ def test_finds_all_well_here_in_seconds():
     assert after.children_user - before.children_user + after.children_system - before.children_system < 5
 
 
-@pytest.mark.parametrize(
-    ("slow", "told"), [(True, "serve with --dtype float32"), (False, "keep the checkpoint's type")]
-)
+@pytest.mark.parametrize(("slow", "told"), [(True, "serve with --dtype float32"), (False, "keep the checkpoint's")])
 def test_the_type_follows_from_the_cpu(monkeypatch, slow, told):
     monkeypatch.setattr("vllm_ext.dtypes.slow_on_cpu", lambda dtype: slow)
     assert doctor._cpu().state.startswith(torch.backends.cpu.get_cpu_capability())

@@ -21,7 +21,7 @@ from model_executors.attention_plan import (
 from model_executors.families import Family, family_of, own_window
 from model_executors.heads.head_plan import HeadPlan, head_tensor_name
 from vllm_ext.errors import UsageError
-from vllm_ext.folders import as_readable, check_out, check_space, complete_folder, place
+from vllm_ext.folders import as_readable, check_out, check_space, complete_folder, place, read_json
 
 if TYPE_CHECKING:  # it needs torch, which takes seconds to load
     import torch
@@ -65,7 +65,7 @@ class Checkpoint:
                         "--to ANOTHER"
                     )
                 raise UsageError(f"model {model}: no {CONFIG} in that folder; give a Hugging Face checkpoint's folder")
-            return cls(model, _read_json(folder / CONFIG), folder)
+            return cls(model, read_json(folder / CONFIG), folder)
         if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
             raise UsageError(f"model {model}: no such folder; give a checkpoint's folder or a hub name")
         return cls._from_hub(model, weights)
@@ -77,8 +77,8 @@ class Checkpoint:
         try:
             if weights:
                 folder = Path(snapshot_download(model, ignore_patterns=[f"*{suffix}" for suffix in OTHER_WEIGHTS]))
-                return cls(model, _read_json(folder / CONFIG), folder)
-            return cls(model, _read_json(Path(hf_hub_download(model, CONFIG))), None)
+                return cls(model, read_json(folder / CONFIG), folder)
+            return cls(model, read_json(Path(hf_hub_download(model, CONFIG))), None)
         except UsageError:
             raise
         except Exception as error:  # the hub's client raises many kinds; to the user they are one
@@ -95,8 +95,8 @@ class Checkpoint:
     @property
     def architecture(self) -> str:
         """The first of the configuration's architectures."""
-        architectures = self.config.get("architectures") or [None]
-        if not isinstance(architectures[0], str):
+        architectures = self.config.get("architectures")
+        if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
             raise UsageError(f"model {self.name}: {CONFIG} names no architectures; add the model's class name there")
         return architectures[0]
 
@@ -239,7 +239,12 @@ class Checkpoint:
         """
         assert self.folder is not None
         if (self.folder / INDEX).is_file():
-            files = sorted(set(_read_json(self.folder / INDEX).get("weight_map", {}).values()))
+            weight_map = read_json(self.folder / INDEX).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+                raise UsageError(
+                    f"model {self.name}: {INDEX} does not say which file has which tensor; download it again"
+                )
+            files = sorted(set(weight_map.values()))
         else:
             files = sorted(path.name for path in self.folder.glob("*.safetensors"))
         if not files:
@@ -290,7 +295,7 @@ class Checkpoint:
                 return list(weights.keys())
         except FileNotFoundError:
             raise UsageError(f"model {self.name}: weight file {file} is missing; download it again") from None
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError) as error:
             raise UsageError(
                 f"model {self.name}: weight file {file} is damaged ({error}); download it again"
             ) from error
@@ -390,13 +395,3 @@ def _write_weights(
                 save_file(tensors, out / file, weights.metadata())
                 as_readable(out / file, source.folder / file)
     return weight_map, sum(map(len, source.tensors.values())) - len(weight_map)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read as JSON ({error}); download it again") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{path}: holds no JSON object; download it again")
-    return content

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from model_executors.attention_plan import KINDS
+from model_executors.evidence import SEEN
 from model_executors.families import FAMILIES
 from vllm_ext.versions import PLUGIN, vllm_distribution, vllm_problem
 
@@ -60,9 +61,10 @@ def _findings() -> Iterator[Finding]:
         return
     yield _torch(torch.__version__)
     yield from _gpus() if torch.cuda.is_available() else [_cpu()]
-    yield Finding(
-        "families", f"{len(FAMILIES)}, each with its row in model_executors/families.py; layers: {', '.join(KINDS)}"
-    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    kinds = ", ".join(kind for kind in KINDS if kind in SEEN[device])
+    yield Finding("families", f"{len(FAMILIES)}, rows of model_executors/families.py")
+    yield Finding("layers", f"{kinds}: seen to answer right on {device}")
 
 
 def _plugin() -> Finding:
@@ -99,7 +101,7 @@ def _cpu() -> Finding:
     threads = f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} cores"
     if slow_on_cpu(torch.bfloat16):
         return Finding("CPU", f"{extensions}, {threads}; bfloat16 is slow: serve with --dtype float32")
-    return Finding("CPU", f"{extensions}, {threads}; bfloat16 is fast: keep the checkpoint's type")
+    return Finding("CPU", f"{extensions}, {threads}; bfloat16 is fast, keep the checkpoint's")
 
 
 def _gpus() -> Iterator[Finding]:

@@ -6,6 +6,7 @@ checkpoint that it was made from.
 """
 
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -13,8 +14,9 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from vllm_ext.errors import UsageError, os_line
+from vllm_ext.errors import UsageError, one_line, os_line
 
 FICLONE = 0x40049409
 """From Linux's `linux/fs.h`."""
@@ -111,3 +113,19 @@ def _clone(source: Path, target: Path) -> bool:
         fcntl.ioctl(other.fileno(), FICLONE, one.fileno())
         return True
     return False
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file.
+
+    Raises:
+        UsageError: for a file that cannot be read, or holds something else.
+
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: cannot be read as JSON ({one_line(error)}); download it again") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: holds no JSON object; download it again")
+    return content

@@ -5,6 +5,7 @@ take one of these, and hand `hf_overrides()` to vLLM.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -100,8 +101,11 @@ def _head(checkpoint: Checkpoint, head: HeadKind | None, agreement: float | None
         return written
     if not written.is_character:
         raise UsageError(f"--agreement {agreement:g}: it is for character heads; add --head character, or drop it")
-    calibrated = checkpoint.config[CONFIG_KEY].get("training", {}).get("calibration", ())
-    known = {row["agreement"]: row for row in calibrated if row.get("head", "character") == written.kind}
+    known: dict[float, float] = {}
+    with suppress(KeyError, TypeError, ValueError, AttributeError):  # whatever is written there
+        for row in checkpoint.config[CONFIG_KEY]["training"]["calibration"]:
+            if row.get("head", "character") == written.kind and 0 <= row["threshold"] <= 1:
+                known[float(row["agreement"])] = float(row["threshold"])
     if not known:
         raise UsageError(
             f"--agreement {agreement:g}: {checkpoint.name} was not calibrated for --head {written.kind}; "
@@ -110,4 +114,4 @@ def _head(checkpoint: Checkpoint, head: HeadKind | None, agreement: float | None
     if agreement not in known:
         choices = ", ".join(f"{each:g}" for each in sorted(known))
         raise UsageError(f"--agreement {agreement:g}: {checkpoint.name} was calibrated for {choices}; take one of them")
-    return replace(written, threshold=known[agreement]["threshold"])
+    return replace(written, threshold=known[agreement])

@@ -1,0 +1,122 @@
+"""Files that people hand in, spoilt in every way: a mistake is one line, and never a traceback."""
+
+import json
+from functools import partial
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from model_executors.attention_plan import CONFIG_KEY
+from vllm_ext.checkpoint import Checkpoint
+from vllm_ext.embedded.model import fetch_heads
+from vllm_ext.errors import UsageError
+from vllm_ext.planner.report import read
+from vllm_ext.served import Served
+from vllm_ext.tasks.passages import read_texts
+
+SETTINGS = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 99) | st.floats(allow_nan=False) | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=9), inner, max_size=4),
+    max_leaves=9,
+)
+
+
+def spoilt(content, data):
+    """A copy in which something, at any depth, is another thing, or is not there."""
+    content = json.loads(json.dumps(content))
+    at = content
+    while True:
+        key = data.draw(st.sampled_from(sorted(at) if isinstance(at, dict) else range(len(at))))
+        if isinstance(at[key], dict | list) and at[key] and data.draw(st.booleans()):
+            at = at[key]
+            continue
+        if data.draw(st.booleans()):
+            at[key] = data.draw(JSON)
+        else:
+            del at[key]
+        return content
+
+
+def told(call):
+    """Whatever is wrong is one line."""
+    refused = None
+    try:
+        return call()
+    except UsageError as error:
+        refused = error
+    assert "\n" not in str(refused)
+    return None
+
+
+@pytest.fixture(scope="module")
+def planned():
+    """A planned checkpoint's configuration, with every entry that we write."""
+    config = json.loads((fetch_heads() / "config.json").read_text())
+    layers = ["full"] * 20 + [{"kind": "window", "window": 64, "sink": 4}] * 5 + [{"kind": "skip"}] * 5
+    config[CONFIG_KEY]["attention_plan"] = layers
+    return config
+
+
+def serve(folder):
+    for options in ({}, {"head": "character", "agreement": 0.9}, {"head": "stock"}):
+        served = told(partial(Served.open, str(folder), **options, vllm_args=["--load-format", "dummy"]))
+        if served is not None:
+            assert len(served.attention_plan.layers) == served.checkpoint.num_layers
+            served.hf_overrides()
+
+
+@SETTINGS
+@given(data=st.data())
+def test_a_planned_configuration(planned, tmp_path, data):
+    (tmp_path / "config.json").write_text(json.dumps(spoilt(planned, data)))
+    serve(tmp_path)
+
+
+@SETTINGS
+@given(content=st.binary(max_size=99) | JSON.map(lambda value: json.dumps(value).encode()))
+def test_any_configuration(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    serve(tmp_path)
+
+
+@SETTINGS
+@given(content=st.binary(max_size=99), index=JSON, named=JSON)
+def test_any_weights(planned, tmp_path, content, index, named):
+    (tmp_path / "config.json").write_text(json.dumps(planned))
+    (tmp_path / "model.safetensors").write_bytes(content)
+    told(Checkpoint.open(str(tmp_path), weights=False).check_weights)
+    for whole in (index, {"weight_map": index}, {"weight_map": {"a": named}}):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(whole))
+        with pytest.raises(UsageError):
+            Checkpoint.open(str(tmp_path), weights=False).check_weights()
+
+
+@SETTINGS
+@given(data=st.data())
+def test_a_front(tmp_path, data):
+    front = {
+        "header": {"layers": 2, "settings": {"seed": 0}},
+        "scan": {"window": 64, "lost": {"needle": {"0": 0.1}}, "heads": {"0": [0.1]}},
+        "plans": [
+            {
+                CONFIG_KEY: {"attention_plan": ["full", {"kind": "window", "window": 64, "sink": 4}]},
+                "tasks": {"needle": {"value": 1.0, "items": 4, "ratio": 1.0, "interval": [0.9, 1.0]}},
+                **{"kv_saved": 0.5, "prefill_saved": 0.1, "kept": 1.0, "missed": 0.0, "depths": {}},
+            }
+        ],
+    }
+    (tmp_path / "front.json").write_text(json.dumps(front))
+    assert read(tmp_path / "front.json").plans
+    (tmp_path / "front.json").write_text(json.dumps(spoilt(front, data)))
+    told(lambda: read(tmp_path / "front.json"))
+
+
+@SETTINGS
+@given(lines=st.lists(JSON.map(json.dumps) | st.text(max_size=9) | st.just('{"text": "whole"}'), max_size=4))
+def test_lines_of_text(tmp_path, lines):
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    found = told(lambda: read_texts(tmp_path / "text.jsonl"))
+    if found is not None:
+        assert all(isinstance(text, str) for text in found)
