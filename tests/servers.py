@@ -110,7 +110,7 @@ def served(
     finally:
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
-            process.wait(45)
+            process.wait(60)  # a supervised server ends by itself in 45
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()

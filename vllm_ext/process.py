@@ -17,7 +17,7 @@ from rich.console import Console
 from vllm_ext.errors import UsageError
 
 START_SECONDS = 600
-STOP_SECONDS = 30
+STOP_SECONDS = 60  # a supervised server ends by itself in 45
 LOG_LINES = 30
 # An exception as Python or vLLM's logger ends a traceback with it; not one that a warning merely speaks of.
 RAISED = re.compile(r"(?:^|\] )(\w+Error: .*)")
