@@ -53,8 +53,11 @@ VARIANTS = {
     "structured output": {"skip_tokenizer_init": False},
     "V1": {},
 }
-TOLERANCE = {"cpu": 2e-4, "cuda": 0.15, "fp8 KV": 1.0}
-"""Nats. Of bfloat16 beside float32; twice what was seen of these models on a CPU in bfloat16."""
+BOUNDS = {"cpu": (2e-4, 2e-4), "cuda": (0.18, 1.2), "fp8 KV": (0.6, 3.0)}
+"""Nats that an engine's tokens may be off in the mean, and that 1 in 20 may exceed. In bfloat16 on a CPU half of the
+tokens of these models were less than 0.06 off. A window of one token too many or too few is 0.25 off in the mean, a
+frozen layer in full 0.33, a skipped one in full 1.08, a window in full 1.71."""
+FEW = 0.05
 
 DIGITS = r"\d{3}-\d{3}"
 SEEDED = {"temperature": 1.0, "seed": 7, "max_tokens": NEW_TOKENS}
@@ -139,8 +142,10 @@ def cases(engines, *plans, variants=("",)):
 
 
 @torch.no_grad()
-def held_to(reference, asked: list[int], answer: Answer, tolerance: float) -> list[str]:
-    """What of an answer is not the reference's: the token's number, and by how many nats."""
+def nats_off(reference, asked: list[int], answer: Answer) -> torch.Tensor:
+    """`[tokens]`: how far each of an answer's tokens is from the reference's best, or its log-probability from the
+    reference's, whichever is more.
+    """
     reference.prompt_length = len(asked)
     tokens, logprobs = torch.tensor(answer.tokens), torch.tensor(answer.logprobs)
     worst = torch.full((len(tokens),), torch.inf)
@@ -148,11 +153,7 @@ def held_to(reference, asked: list[int], answer: Answer, tolerance: float) -> li
         rows = reference.logprobs([*asked, *answer.tokens])[len(asked) - 1 : -1]
         chosen = rows.gather(1, tokens[:, None])[:, 0]
         worst = worst.minimum((rows.amax(1) - chosen).maximum((chosen - logprobs).abs()))
-    return [
-        f"prompt of {len(asked)}, token {number}: {nats:.3f} nats off"
-        for number, nats in enumerate(worst.tolist())
-        if not nats <= tolerance
-    ]
+    return worst
 
 
 def thresholds(reference):
@@ -170,16 +171,15 @@ def thresholds(reference):
 def check(engines, case) -> None:
     """All greedy answers of an engine, and those from the prefix cache."""
     done, reference = engines.done(case), engines.reference(case)
-    tolerance = TOLERANCE.get(case[3], TOLERANCE[engines.device])
-    asks = engines._job(case).asks
-    wrong = [
-        each
-        for ask, answers in zip(asks, done.answers, strict=True)
-        if "temperature" not in ask.sampling
-        for asked, answer in zip(ask.prompts, answers, strict=True)
-        for each in held_to(reference, asked, answer, tolerance)
-    ]
-    assert not wrong, f"{case}: {len(wrong)} tokens, as {wrong[:3]}"
+    mean, most = BOUNDS.get(case[3], BOUNDS[engines.device])
+    for ask, answers in zip(engines._job(case).asks, done.answers, strict=True):
+        if "temperature" in ask.sampling:
+            continue
+        pairs = zip(ask.prompts, answers, strict=True)
+        off = torch.cat([nats_off(reference, asked, answer) for asked, answer in pairs])
+        assert off.mean() <= mean, f"{case}: {off.mean():.3f} nats off in the mean"
+        beyond = (off > most).float().mean()
+        assert beyond <= (0 if engines.device == "cpu" else FEW), f"{case}: {beyond:.0%} of tokens more than {most} off"
 
 
 @pytest.mark.parametrize("plan", ["stock", *PLANS])
