@@ -144,7 +144,7 @@ def test_refuses_what_cannot_be_measured(tiny_models, tmp_path, monkeypatch):
         ((llama, "--planned", llama, "--work", "prefill:64"), "it has no attention plan"),
     ):
         with pytest.raises(UsageError) as refused:
-            app(["bench", *map(str, arguments)])
+            app([*map(str, arguments)])
         assert told in str(refused.value)
 
 
