@@ -4,8 +4,10 @@ import json
 from functools import partial
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from model_executors.attention_plan import CONFIG_KEY
 from vllm_ext.checkpoint import Checkpoint
@@ -72,6 +74,9 @@ def serve(folder):
 def test_a_planned_configuration(planned, tmp_path, data):
     (tmp_path / "config.json").write_text(json.dumps(spoilt(planned, data)))
     serve(tmp_path)
+    save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(UsageError):  # nothing of what it needs is there
+        Checkpoint.open(str(tmp_path), weights=False).check_weights()
 
 
 @SETTINGS

@@ -53,17 +53,12 @@ class Checkpoint:
 
         """
         folder = Path(model).expanduser()
-        if folder.suffix == ".gguf" and folder.is_file():
-            raise UsageError(
-                f"model {model}: it is a GGUF file; make a checkpoint of it: vllm-ext model convert {model} --to FOLDER"
-            )
+        gguf = folder if folder.suffix == ".gguf" and folder.is_file() else next(folder.glob("*.gguf"), None)
+        if gguf is not None and not (folder / CONFIG).is_file():
+            cure = f"make a checkpoint of it: vllm-ext model convert {gguf} --to FOLDER"
+            raise UsageError(f"model {model}: {gguf.name} is a GGUF file; {cure}")
         if folder.is_dir():
             if not (folder / CONFIG).is_file():
-                if gguf := next(folder.glob("*.gguf"), None):
-                    raise UsageError(
-                        f"model {model}: it holds a GGUF file; make a checkpoint of it: vllm-ext model convert {gguf} "
-                        "--to ANOTHER"
-                    )
                 raise UsageError(f"model {model}: no {CONFIG} in that folder; give a Hugging Face checkpoint's folder")
             return cls(model, read_json(folder / CONFIG), folder)
         if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
@@ -146,7 +141,8 @@ class Checkpoint:
 
         """
         try:
-            return HeadPlan.from_config(self.config.get(CONFIG_KEY, {}).get("head"))
+            section = self.config.get(CONFIG_KEY)
+            return HeadPlan.from_config(section.get("head") if isinstance(section, dict) else None)
         except ValueError as error:
             raise UsageError(f"model {self.name}: {error}") from error
 
@@ -209,7 +205,13 @@ class Checkpoint:
         """The shapes of the tensors that the head needs beside the weights, by name."""
         if not head.is_character:
             return {}
-        tensors = head.shape(self.config["hidden_size"], self.config["vocab_size"]).tensors
+        hidden_size, vocab_size = (self.config.get(name) for name in ("hidden_size", "vocab_size"))
+        try:
+            tensors = head.shape(hidden_size, vocab_size).tensors  # type: ignore[arg-type]
+        except (TypeError, ValueError) as error:
+            raise UsageError(
+                f"model {self.name}: hidden_size {hidden_size!r}, vocab_size {vocab_size!r}: {error}"
+            ) from error
         return {head_tensor_name(name): shape for name, shape in tensors.items()}
 
     def fitted_shapes(self, plan: AttentionPlan) -> dict[str, tuple[int | None, ...]]:
