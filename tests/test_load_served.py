@@ -22,6 +22,8 @@ from vllm_ext.process import free_port
 COMMAND = [sys.executable, "-m", "vllm_ext.cli.main", "loadtest", "compare"]
 LOCUST = [sys.executable, "-m", "locust", "--headless", "--only-summary"]
 WITHIN = 0.05
+BLOCK = 32
+"""Tokens of a block of the server's KV cache."""
 
 ANY = ["--client-bound=inf"]  # as other work of this machine may hold the client up
 
@@ -108,7 +110,7 @@ def test_chat_is_asked_in_exact_lengths_by_the_servers_tokenize(server, tmp_path
 SHORT = ["--scale", "0.1", "--pairs", "1", "--ttft", "2", "--itl", "1", "--start", "6"]
 SHORT += ["--warmup", "0.5", "--duration", "2", "--minutes", "1", "--client-bound", "1"]
 CHAT = [*SHORT, "--workload", "chat"]
-TALK = ["--workload=conversation", "--turns=3", "--think=0.5", "--scale=0.2"]
+TALK = ["--workload=conversation", "--turns=3", "--think=0.5", "--scale=0.5"]
 
 
 def test_conversations_find_their_turns_in_the_cache_as_the_server_counts(server, tmp_path):
@@ -117,33 +119,37 @@ def test_conversations_find_their_turns_in_the_cache_as_the_server_counts(server
     names = ("vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total")
     before = [server.metric(name) for name in names]
     records = tmp_path / "records.jsonl"
-    sent = ["--arrival=constant", "--rate=3", "--duration=6", "--warmup=0", f"--records={records}", "--users=1", *ANY]
+    sent = ["--arrival=constant", "--rate=1.5", "--duration=8", "--warmup=0", f"--records={records}", "--users=1", *ANY]
     assert locust(server.url, [*TALK, *sent]) == 0
     assert server.idle()
     hits, queries = (server.metric(name) - each for name, each in zip(names, before, strict=True))
     answers = [answer for answer in read_answers([records]) if answer.times]
     whole = [answer for answer in answers if answer.error is None]
     assert sum(answer.prompt_tokens for answer in whole) <= queries
-    assert sum(answer.cached_tokens for answer in whole) <= hits
+    assert sum(answer.cached_tokens or 0 for answer in whole) <= hits
     if len(whole) == len(answers):
-        assert (sum(answer.cached_tokens for answer in whole), sum(answer.prompt_tokens for answer in whole)) == (
+        assert (sum(answer.cached_tokens or 0 for answer in whole), sum(answer.prompt_tokens for answer in whole)) == (
             hits,
             queries,
         )
-    by_turn = {turn: [each for each in whole if each.id.endswith(f".{turn}")] for turn in range(3)}
-    rates = {
-        turn: sum(each.cached_tokens for each in found) / sum(each.prompt_tokens for each in found)
-        for turn, found in by_turn.items()
-    }
-    assert rates[0] == 0
-    assert rates[2] > 0.4
+    named = {answer.id: answer for answer in whole}
+    pairs = 0
+    for answer in whole:
+        name, turn = answer.id.rsplit(".", 1)
+        if before_it := named.get(f"{name}.{int(turn) - 1}"):  # else it was entered here, and all of it is new
+            pairs += 1
+            known = before_it.prompt_tokens + before_it.answer_tokens - 1  # the last token's keys were never needed
+            assert (answer.cached_tokens or 0) == known // BLOCK * BLOCK
+        else:
+            assert not answer.cached_tokens
+    assert pairs >= 3
 
 
 def test_a_comparisons_hit_rates_are_the_servers(server, tmp_path):
     """Of both sides together, as both are the same server; what the warm-ups asked is the server's alone."""
     names = ("vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total")
     before = [server.metric(name) for name in names]
-    command = [*COMMAND, server.url, server.url, "--out", str(tmp_path / "out"), *SHORT, *TALK, "--minutes", "0.5"]
+    command = [*COMMAND, server.url, server.url, "--out", str(tmp_path / "out"), *SHORT, *TALK, "--start", "1.5"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     hits, queries = (server.metric(name) - each for name, each in zip(names, before, strict=True))
@@ -154,7 +160,7 @@ def test_a_comparisons_hit_rates_are_the_servers(server, tmp_path):
     for side, rate in report["workloads"]["conversation"]["prefix_hit_rate"].items():
         own = [run for run in runs if run["side"] == side]
         assert rate == sum(run["prefix_hits"] for run in own) / sum(run["prefix_queries"] for run in own)
-        assert 0.1 < rate < 0.9
+        assert 0 < rate < 1
 
 
 def test_a_ramp_of_users(server, tmp_path):
