@@ -4,7 +4,7 @@ from math import ceil
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 from vllm import EngineArgs
@@ -89,6 +89,8 @@ def vllm_config(tiny_models):
 )
 def test_blocks_are_those_of_vllm_s_groups(vllm_config, reaches, context):
     """A model's own windows have no sink; a decoded request has one token in flight."""
+    # Which vLLM takes for layers of one kind, and our checks refuse (test_verify.py).
+    assume(len({reach.window for reach in reaches}) > 1 or len({bool(reach.sink) for reach in reaches}) == 1)
     common = {"block_size": BLOCK_SIZE, "num_kv_heads": 2, "head_size": 32, "dtype": torch.float32}
 
     def spec_of(reach):
