@@ -41,7 +41,7 @@ def examine() -> bool:
     table = Table(show_header=False, box=None)
     findings = list(_findings())
     for finding in findings:
-        table.add_row("[red]✗[/]" if finding.cure else "[green]✓[/]", finding.subject, finding.state)
+        table.add_row("[red]no[/]" if finding.cure else "[green]ok[/]", finding.subject, finding.state)
     console.print(table)
     for finding in findings:
         if finding.cure:

@@ -36,7 +36,7 @@ class Process:
     def __init__(
         self, command: Sequence[str], environment: Mapping[str, str] | None = None, pass_fds: Sequence[int] = ()
     ) -> None:
-        self.log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - closed with the block
+        self.log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - closed with the block
         # A session of its own, so that its workers can be found, and Ctrl-C here reaches it through us alone.
         self.popen = subprocess.Popen(
             command, stdout=self.log, stderr=self.log, env=environment, pass_fds=pass_fds, start_new_session=True

@@ -19,7 +19,7 @@ def write(provenance: dict[str, Any], model: str, curve: Path, out: Path, comman
     `curve` is the file that training wrote, a JSON object a line.
     """
     out.mkdir(parents=True)
-    points = [json.loads(line) for line in curve.read_text().splitlines()]
+    points = [json.loads(line) for line in curve.read_text(encoding="utf-8").splitlines()]
     pictures = {"curve": write_picture(curve_picture(points), out / "curve.png")}
     if provenance["calibration"]:
         picture = calibration_picture(provenance["calibration"], provenance["judged"])

@@ -137,11 +137,11 @@ def begun(file: Path, settings: dict[str, Any]) -> None:
 
     """
     written = json.dumps(settings, indent=1, default=str, sort_keys=True)
-    if file.is_file() and file.read_text() != written:
+    if file.is_file() and file.read_text(encoding="utf-8") != written:
         raise UsageError(
             f"{file}: a run with other settings was begun there; use those, or remove the file and its run"
         )
-    file.write_text(written)
+    file.write_text(written, encoding="utf-8")
 
 
 def train(student: Student, states: States, passages: torch.Tensor, settings: TrainingSettings, out: Path) -> None:

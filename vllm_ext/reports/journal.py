@@ -28,12 +28,12 @@ class Journal:
             self._append(self.header)
             return
         # A line that was being written when the run was stopped has no end.
-        lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
         if not lines or json.loads(lines[0]) != self.header:
             raise UsageError(
                 f"--out {out}: it holds results of other settings; choose another folder, or the same settings"
             )
-        file.write_text("".join(lines))
+        file.write_text("".join(lines), encoding="utf-8")
         for row in map(json.loads, lines[1:]):
             self.rows[self._name({key: row[key] for key in keys})] = row
 

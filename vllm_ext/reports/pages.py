@@ -12,7 +12,7 @@ from matplotlib.figure import Figure as Picture
 def write_page(template: str, file: Path, **values: Any) -> None:
     """Fill a template of `templates/`."""
     pages = Environment(loader=PackageLoader("vllm_ext.reports"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    file.write_text(pages.get_template(template).render(**values))
+    file.write_text(pages.get_template(template).render(**values), encoding="utf-8")
 
 
 def write_picture(picture: Picture, file: Path) -> str:
