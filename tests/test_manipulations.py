@@ -11,6 +11,7 @@ from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.offline.batch import Batch
 from vllm_ext.offline.evaluator import Evaluator
 from vllm_ext.offline.model import OfflineModel, PlannedModel, generate
+from vllm_ext.probe import manipulations
 from vllm_ext.probe.injection import Pairs
 from vllm_ext.probe.manipulations import NAMES, injected, manipulation, randomised, shuffled
 from vllm_ext.tasks.items import Item, Task
@@ -45,10 +46,10 @@ def slow_nll(folder, name, layer):
     found = []
     for item in ITEMS:
         previous = len(item.prompt) - 1
-        if name in ("freeze", "skip", "drop"):
-            layers = [layer] if name == "drop" else range(layer, NUM_LAYERS)
-            kind = "freeze" if name == "freeze" else "skip"
-            reference = Reference(folder, dict.fromkeys(layers, LayerPlan(kind)))
+        if name in ("freeze", "skip", "drop", "window"):
+            layers = [layer] if name in ("drop", "window") else range(layer, NUM_LAYERS)
+            plan = LayerPlan("window", 8) if name == "window" else LayerPlan("freeze" if name == "freeze" else "skip")
+            reference = Reference(folder, dict.fromkeys(layers, plan))
             reference.prompt_length = previous
             run = reference.model
         else:
@@ -65,7 +66,8 @@ def slow_nll(folder, name, layer):
 
 @pytest.mark.parametrize("layer", [0, 3, NUM_LAYERS - 1])
 @pytest.mark.parametrize("name", NAMES)
-def test_equals_the_slow_one(tiny_models, model, name, layer):
+def test_equals_the_slow_one(tiny_models, model, name, layer, monkeypatch):
+    monkeypatch.setattr(manipulations, "WINDOW", 8)  # the texts are short
     made = Evaluator(model, Task("tiny", "answers", ITEMS)).manipulated(manipulation(name, layer, NUM_LAYERS, SEED))
     assert made.nll == pytest.approx(slow_nll(tiny_models("Llama"), name, layer), abs=2e-3)
 
@@ -88,7 +90,7 @@ def test_shuffled_states_keep_their_numbers():
 def test_injects_the_state_of_another_prompts_token(tiny_models, model, layer):
     """In batches of pairs, and one by one with hooks."""
     pairs = Pairs.__new__(Pairs)
-    pairs.model, pairs.count, pairs.places = model, 2, [[3, 3], [3, 4]]
+    pairs.model, pairs.count, pairs.positions = model, 2, [[3, 3], [3, 4]]
     base = prompts((9,))[0]
     own = [(*base[:3], 50, *base[4:]), (*base[:3], 60, 61, *base[5:])]
     other = [(*base[:3], 70, *base[4:]), (*base[:3], 80, 81, *base[5:])]
@@ -97,8 +99,8 @@ def test_injects_the_state_of_another_prompts_token(tiny_models, model, layer):
     pairs.others = pairs.own
     donors = Batch.of([Item(prompt, ()) for prompt in other], model.device)
     pairs.entered = [model.enter(batch.tokens) for batch in (pairs.own, pairs.others, donors)]
-    given = pairs.entered[2].state(model, layer)[torch.arange(2)[:, None], torch.tensor(pairs.places)]
-    states = injected(pairs.entered[0].state(model, layer), pairs.places, given)
+    given = pairs.entered[2].state(model, layer)[torch.arange(2)[:, None], torch.tensor(pairs.positions)]
+    states = injected(pairs.entered[0].state(model, layer), pairs.positions, given)
     left = PlannedModel(model).run(pairs.entered[0], states, layer)
     ours = torch.cat(list(model.logits(left[pairs.own.answering_rows]))).split([2, 1])
 
@@ -111,7 +113,7 @@ def test_injects_the_state_of_another_prompts_token(tiny_models, model, layer):
         hook.remove()
 
         def exchange(module, args, number=number, kept=kept):
-            for place in set(pairs.places[number]):
+            for place in set(pairs.positions[number]):
                 args[0][0, place] = kept[0][0, place]
 
         hook = plain.model.layers[layer].register_forward_pre_hook(exchange)
