@@ -18,7 +18,7 @@ def test_pairs_differ_in_the_countrys_name_alone(smollm2, pairs):
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     own, _, donors = pairs.entered
     assert own.states[0].shape[1] >= donors.states[0].shape[1]
-    for number, places in enumerate(pairs.places):
+    for number, places in enumerate(pairs.positions):
         prompt = pairs.own.tokens[number, : pairs.own.prompts[number]].tolist()
         name = tokenizer.decode(prompt[min(places) : max(places) + 1])
         assert tokenizer.decode(prompt).endswith(f"What is the capital of{name}?\nA:")
