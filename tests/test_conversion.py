@@ -188,16 +188,7 @@ def test_two_processes_take_half_of_each_batch(model, text, tmp_path):
     """They come to what one does, but for the order in which sums are taken."""
     options = ["--text", str(text), *SIZES, "--steps", "3"]
     alone = trained(model, text, tmp_path / "alone", "--steps", "3")
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "-m",
-        "vllm_ext.cli.main",
-    ]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m"]
     command = [*launch, "vllm_ext.cli.main", "heads", "train", str(model), "--out", str(tmp_path / "two"), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
