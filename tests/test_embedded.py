@@ -31,7 +31,7 @@ def test_a_second_fetch_makes_nothing_anew(smollm2, monkeypatch):
 
 
 def test_an_interrupted_fetch_leaves_nothing_to_believe(tmp_path, monkeypatch):
-    def interrupted(_gguf, folder):
+    def interrupted(_gguf, folder, _name):
         (folder / embedded.WEIGHTS).write_bytes(b"half")
         raise KeyboardInterrupt
 
@@ -103,14 +103,14 @@ def test_does_not_take_another_plan_for_it(planned, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(planned, other)
     config = json.loads((other / "config.json").read_text())
-    config["vllm_ext"]["attention_plan"][20] = "full"
+    config["vllm_ext"]["attention_plan"][0] = "full"
     (other / "config.json").write_text(json.dumps(config))
     with pytest.raises(UsageError, match="not the checkpoint that was written there"):
         embedded.fetch_planned(other)
 
 
-def test_the_spelled_one_has_its_heads_and_their_provenance(tmp_path):
-    checkpoint = Checkpoint.open(str(embedded.fetch_heads(tmp_path / "spelled")), weights=True)
+def test_the_one_with_heads_has_them_and_their_provenance(tmp_path):
+    checkpoint = Checkpoint.open(str(embedded.fetch_heads(tmp_path / "heads")), weights=True)
     checkpoint.check_weights()
     assert checkpoint.head.kind == "rescored"
     training = checkpoint.config["vllm_ext"]["training"]
