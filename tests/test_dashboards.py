@@ -130,8 +130,9 @@ def wait_for_scrapes(source: str) -> None:
     """Return once both servers were scraped."""
     for _ in range(60):
         try:
-            result = httpx.get(f"{source}/api/v1/query", params={"query": "sum(up)"}, trust_env=False).json()["data"]
-            if result["result"] and result["result"][0]["value"][1] == "2":
+            answer = httpx.get(f"{source}/api/v1/query", params={"query": "sum(up)"}, trust_env=False)
+            result = answer.raise_for_status().json()["data"]["result"]  # while it starts it has a status, and no JSON
+            if result and result[0]["value"][1] == "2":
                 return
         except httpx.HTTPError:
             pass
