@@ -55,6 +55,10 @@ class Bands:
     """`[bands]`, 0, 1, 2, ..."""
     slots: torch.Tensor = field(init=False)
     """`[bands, keys]`, where they lie in the KV cache."""
+    lines: torch.Tensor = field(init=False)
+    """`[bands, num_kv_heads, keys]`, the same for the lines of each head."""
+    masks: list[torch.Tensor | None] = field(default_factory=list)
+    """Of `mask`."""
 
     @classmethod
     def of(
@@ -70,7 +74,7 @@ class Bands:
         What follows the sink are the tokens from the first one's window on; none are twice in it.
         """
         width = tokens.shape[1]
-        number = np.arange(sink + window - 1 + width)
+        number = np.arange(min(sink + window - 1 + width, int(positions.max()) + 1))
         behind = np.maximum(positions[:, :1] + (1 - sink - window), 0)
         places = number + (number >= sink) * behind
         seen = None
@@ -80,15 +84,25 @@ class Bands:
         count = torch.from_numpy(np.minimum(positions[:, 0] + 1, sink + window))
         return cls(torch.from_numpy(tokens), request[:, None], places, seen, count, torch.arange(len(tokens)))
 
-    def find(self, block_table: torch.Tensor, block_size: int) -> None:
-        """Set `slots` by the blocks of the step's requests, `[requests, blocks]`."""
+    def find(self, block_table: torch.Tensor, block_size: int, num_kv_heads: int) -> None:
+        """Set `slots` and `lines` by the blocks of the step's requests, `[requests, blocks]`."""
         table = block_table.numpy()
         blocks = table[self.request, np.minimum(self.places // block_size, table.shape[1] - 1)]
         self.slots = torch.from_numpy(blocks * np.int64(block_size) + self.places % block_size)
+        self.lines = self.slots[:, None] * num_kv_heads + torch.arange(num_kv_heads)[:, None]
 
-    def mask(self) -> torch.Tensor:
-        """`[bands, width, keys]`, which token sees which."""
-        return self.seen if self.seen is not None else torch.arange(self.places.shape[1]) < self.count.view(-1, 1, 1)
+    def mask(self, groups: int) -> torch.Tensor | None:
+        """`[bands, 1, width * groups or 1, keys]`, which token sees which, for each of `groups` heads of one K and V;
+        None where each sees all. It is made once for all layers that have the bands.
+        """
+        if not self.masks:
+            if self.seen is not None:
+                self.masks.append(self.seen.repeat_interleave(groups, 1).unsqueeze(1))
+            else:
+                keys = self.places.shape[1]
+                fewer = int(self.count.min()) < keys
+                self.masks.append((torch.arange(keys) < self.count[:, None])[:, None, None] if fewer else None)
+        return self.masks[0]
 
 
 def cut(first: np.ndarray, end: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -158,7 +172,7 @@ class WindowMetadataBuilder(AttentionMetadataBuilder[WindowMetadata]):
     def _found(self, metadata: WindowMetadata, block_table: torch.Tensor) -> WindowMetadata:
         for bands in (metadata.single, metadata.wide):
             if bands is not None:
-                bands.find(block_table, self.kv_cache_spec.block_size)
+                bands.find(block_table, self.kv_cache_spec.block_size, self.kv_cache_spec.num_kv_heads)
         return metadata
 
 
@@ -252,28 +266,37 @@ class WindowImpl(AttentionImpl[WindowMetadata]):
 
     def _attend(self, layer: Any, query: torch.Tensor, rows: torch.Tensor, bands: Bands, output: torch.Tensor) -> None:
         """Bands of any width, in torch: a slice of them at a time."""
-        at_once, mask = max(1, KEYS_AT_ONCE // bands.places.shape[1]), bands.mask()
+        keys, groups = bands.places.shape[1], self.num_heads // self.num_kv_heads
+        at_once, mask = max(1, KEYS_AT_ONCE // keys), bands.mask(groups)
+        lines = rows.view(-1, 2 * self.head_size)
+        if self.quantized is not None:
+            lines = lines.view(torch.uint8)
         for start in range(0, len(bands.tokens), at_once):
             some = slice(start, start + at_once)
-            tokens, seen = bands.tokens[some], mask[some]
-            kept = rows[bands.slots[some]]  # [bands, keys, num_kv_heads, 2 * head_size]
-            key, value = (part.transpose(1, 2) for part in kept.split(self.head_size, -1))
+            tokens = bands.tokens[some]
+            kept = lines.index_select(0, bands.lines[some].flatten())
             if self.quantized is not None:
-                key, value = key.to(query.dtype) * layer._k_scale_float, value.to(query.dtype) * layer._v_scale_float
+                kept = kept.view(self.quantized).to(query.dtype)
+            kept = kept.view(-1, self.num_kv_heads, keys, 2 * self.head_size)
+            key, value = kept.split(self.head_size, -1)
+            if self.quantized is not None:
+                key, value = key * layer._k_scale_float, value * layer._v_scale_float
             # The heads that share one of K and V are more of its tokens.
-            asked = query[tokens].unflatten(2, (self.num_kv_heads, -1))  # [bands, width, num_kv_heads, groups, size]
-            width, groups = asked.shape[1], asked.shape[3]
+            asked = query[tokens].unflatten(
+                2, (self.num_kv_heads, groups)
+            )  # [bands, width, num_kv_heads, groups, size]
             asked = asked.transpose(1, 2).flatten(2, 3)
-            made = self._attention(asked, key, value, seen.repeat_interleave(groups, 1).unsqueeze(1))
-            output[tokens] = made.unflatten(2, (width, groups)).transpose(1, 2).flatten(2, 3)
+            made = self._attention(asked, key, value, None if mask is None else mask[some])
+            output[tokens] = made.unflatten(2, (-1, groups)).transpose(1, 2).flatten(2, 3)
 
     def _attention(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: torch.Tensor
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: torch.Tensor | None
     ) -> torch.Tensor:
         if not self.logits_soft_cap:
             return scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=self.scale)
         scores = query.float() @ key.float().transpose(2, 3) * (self.scale / self.logits_soft_cap)
-        weights = (scores.tanh() * self.logits_soft_cap).masked_fill(~seen, -torch.inf).softmax(-1)
+        capped = scores.tanh() * self.logits_soft_cap
+        weights = (capped if seen is None else capped.masked_fill(~seen, -torch.inf)).softmax(-1)
         return (weights @ value.float()).to(query.dtype)
 
 
