@@ -3,8 +3,9 @@
 Both servers stay up where memory allows, and one at a time is under load. Runs go A, B, B, A, each at the rate that
 tells most about that side's highest (`loadtests/threshold.py`), until the ratio's interval is narrow enough, or the
 time is over. The two runs of a pair have the same arrivals and lengths, so both sides have the same luck, and texts of
-their own. Pairs at one common rate, 80% of what the weaker side serves, then tell latencies at equal load. A run begins
-with as many requests under way as Little's law asks for, by the time per token of the last run that held.
+their own. Pairs at one common rate, 80% of what the weaker side serves, then tell latencies at equal load. A pair is
+begun only where there is time for it, by what the last two took. A run begins with as many requests under way as
+Little's law asks for, by the time per token of the last run that held.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ import itertools
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -29,7 +30,7 @@ from loadtests.run import Pace, Run, warm_up
 from loadtests.settings import Load
 from loadtests.statistics import CONFIDENCE, Figures, figures, waited
 from loadtests.texts import Texts
-from loadtests.threshold import SIDES, Interval, Thresholds
+from loadtests.threshold import LEAST, SIDES, Interval, Thresholds
 from loadtests.watch import BOUND, Client, two
 
 LEVEL = 0.8
@@ -52,7 +53,7 @@ class Plan:
     load: Load
     width: float = option(1.3, "The interval of the ratio is searched until its ends are no further apart than this.")
     pairs: int = option(3, "Pairs of runs at equal load, for latencies; two at least tell chance.")
-    minutes: float = option(15.0, "The search ends by then, however wide the interval is.")
+    minutes: float = option(15.0, "All runs end by then: a wider interval, or fewer pairs at equal load.")
     start: float | None = option(None, "The first guess at the highest rate, requests a second; by default found.")
     in_turn: bool = option(False, "Start each server for its turn alone, where both do not fit.")
     prometheus: str = option("", "A Prometheus that scrapes both, to take metrics from; by default they are scraped.")
@@ -106,6 +107,10 @@ class Results:
     distributions: dict[str, dict[str, dict[str, list[float]]]] = field(default_factory=dict)
     """By workload, side, and ttft or itl: quantiles at equal load, 0 to 1 in steps of 0.005, in seconds."""
     seconds: float = 0.0
+    pairs: dict[str, int] = field(default_factory=dict)
+    """By workload: the pairs of runs at equal load that were meant to be made."""
+    complete: bool = False
+    """Whether all was measured that there was time for; not so in what is saved on the way."""
 
     @property
     def confidence(self) -> float:
@@ -138,14 +143,13 @@ class Comparison:
         self.results = Results(plan, described, versions)
         self.paces: dict[tuple[str, str], Pace] = {}
         self.thresholds: dict[str, Thresholds] = {}
-        self.levels: dict[str, float] = {}
         self.texts = itertools.count(plan.load.seed)
         self.level_answers: dict[tuple[str, str], list[Answer]] = {}
         self.started = time.monotonic()
         self.step: Callable[[str], None] = lambda text: None
 
     def measure(self, step: Callable[[str], None], save: Callable[[Results], None]) -> Results:
-        """Make all runs; `step` is told of each, and `save` has the results once there are some, and at the end.
+        """Make all runs; `step` is told of each, and `save` has the results after every pair, and at the end.
 
         Raises:
             ValueError: where a side cannot be asked, or the client is too slow for it.
@@ -153,9 +157,11 @@ class Comparison:
         """
         self.step = step
         search = self._in_turn if self.plan.in_turn else self._together
-        for _ in search():
-            self._conclude()
-            save(self.results)
+        with contextlib.closing(search()) as pairs:
+            for complete in pairs:
+                self.results.complete = complete
+                self._conclude()
+                save(self.results)
         return self.results
 
     @property
@@ -163,32 +169,43 @@ class Comparison:
         """The part of the time that is over."""
         return (time.monotonic() - self.started) / 60 / self.plan.minutes
 
-    def _together(self) -> Iterator[None]:
-        """Both servers up."""
+    def _together(self) -> Generator[bool]:
+        """Both servers up; says after every pair, and at the end, whether it is complete."""
         with contextlib.ExitStack() as stack:
             urls: dict[str, str] = {}
             for side in self.live:
                 self.step(f"{side} starts")
                 urls[side] = stack.enter_context(self._observed(side))
             for place, workload in enumerate(self.plan.workloads):
+                if place and self.gone >= 1:
+                    break
                 until = self.gone + (1 - self.gone) / (len(self.plan.workloads) - place)
                 levels = self._import(workload)
+                pairs = len(levels) * bool(self.live) if self.imported else self.plan.pairs
+                self.results.pairs[workload] = pairs
                 for side in self.live:
                     self._warm_up(urls[side], side, workload)
-                known, longest = self.thresholds[workload], 0.0
+                known, took = self.thresholds[workload], list[float]()
                 for pair in itertools.count():
                     begun = self.gone
                     for side in self._order(pair):
                         self._run(urls[side], side, workload, known.next_rate(side), pair, "search")
-                    longest = max(longest, self.gone - begun)
-                    over = self.gone + (self.plan.pairs + 1) * longest > until
+                    yield False
+                    took.append(self.gone - begun)
+                    kept = pairs if pair + 1 >= LEAST else 0  # fewer would conclude nothing
+                    over = self.gone + (1 + kept) * max(took[-2:]) > until
                     if not self.live or over or known.enough(self.plan.width, self.results.confidence, self.live):
                         break
-                for pair in range(len(levels) if self.imported else self.plan.pairs):
+                for pair in range(pairs):
+                    begun = self.gone
+                    if begun + max(took[-2:]) > until:
+                        break
                     for side in self._order(pair):
                         level = levels[pair] if self.imported else self._level(workload)
                         self._run(urls[side], side, workload, level, -1 - pair, "level")
-                yield
+                    yield False
+                    took.append(self.gone - begun)
+            yield True
 
     def _order(self, pair: int) -> list[str]:
         """The sides that runs are made of, in the order of that pair."""
@@ -218,9 +235,11 @@ class Comparison:
                 )
         return levels[next(iter(levels))]
 
-    def _in_turn(self) -> Iterator[None]:
-        """One server up, for some runs of its own; sides alternate in who is first."""
+    def _in_turn(self) -> Generator[bool]:
+        """One server up, for some runs of its own; sides alternate in who is first. Says what `_together` says."""
+        self.results.pairs = dict.fromkeys(self.plan.workloads, 1)
         for turn in itertools.count():
+            begun = self.gone
             for side in SIDES if turn % 2 == 0 else SIDES[::-1]:
                 self.step(f"{side} starts")
                 with self._observed(side) as url:
@@ -233,8 +252,10 @@ class Comparison:
                             level = self._level(workload, hold=side != SIDES[turn % 2])
                             self._run(url, side, workload, level, -turn, "level")
             enough = all(each.enough(self.plan.width, self.results.confidence) for each in self.thresholds.values())
-            if turn and (enough or self.gone * (turn + 2) / (turn + 1) > 1):
-                yield
+            following = (self.gone - begun) * (1 if turn else 1 + 1 / IN_TURN)  # the first has no runs at equal load
+            done = bool(turn and enough) or self.gone + following > 1
+            yield done
+            if done:
                 return
 
     @contextlib.contextmanager
@@ -284,7 +305,6 @@ class Comparison:
         if before and (hold or not self.plan.in_turn):
             return before[-1]
         return LEVEL * min(known.quantile(side, 0.5) for side in SIDES)
-        return self.levels[workload]
 
     def _run(
         self, url: str, side: str, workload: str, rate: float, pair: int, kind: Literal["search", "level"]

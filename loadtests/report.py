@@ -3,6 +3,7 @@
 report.json is as `report.schema.json` says, which lies beside this file.
 """
 
+import io
 import json
 import math
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from loadtests.run import LEAST_REQUESTS
 from loadtests.statistics import Ratio
 from loadtests.threshold import SIDES
 
-SCHEMA = 2
+SCHEMA = 3
 ROWS = {
     "goodput_ratio": "requests/s within the promise",
     "ttft_p50_ratio": "time to first token, median",
@@ -41,13 +42,28 @@ ROWS = {
 
 
 def write(results: Results, folder: Path, requirements: Sequence[Requirement], command: str) -> list[str]:
-    """Write report.html, report.json and junit.xml into `folder`; returns why requirements are not met."""
+    """Write report.html, report.json and junit.xml into `folder`; returns why requirements are not met.
+
+    Each file is replaced at once, so that a process that is ended meanwhile leaves a whole one.
+    """
     rows = {workload: verdict.ratios(results, workload) for workload in results.gain}
-    judged = [(each, each.failures(rows)) for each in requirements]
-    (folder / "report.html").write_text(_page(results, rows, judged, command), encoding="utf-8")
-    (folder / "report.json").write_text(json.dumps(_plain(_document(results, rows, judged, command)), indent=1) + "\n")
-    _junit(results, judged).write(str(folder / "junit.xml"), pretty=True)
+    of_all = {workload: rows.get(workload, {}) for workload in results.plan.workloads}
+    judged = [(each, each.failures(of_all)) for each in requirements]
+    document = json.dumps(_plain(_document(results, rows, judged, command)), indent=1) + "\n"
+    _replace(folder / "report.json", document.encode())
+    _replace(folder / "report.html", _page(results, rows, judged, command).encode())
+    _junit(results, judged).write(junit := io.BytesIO(), pretty=True)
+    _replace(folder / "junit.xml", junit.getvalue())
     return [f"{workload}: {why}" for _, failures in judged for workload, why in failures.items() if why]
+
+
+def _replace(file: Path, content: bytes) -> None:
+    new = file.with_name(f".{file.name}.new")
+    try:
+        new.write_bytes(content)
+        new.replace(file)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def _document(results: Results, rows: dict[str, dict[str, Ratio]], judged: list[Any], command: str) -> dict[str, Any]:
@@ -66,6 +82,8 @@ def _document(results: Results, rows: dict[str, dict[str, Ratio]], judged: list[
     return {
         "schema": SCHEMA,
         "command": command,
+        "complete": results.complete,
+        "missing": verdict.missing(results),
         "seconds": results.seconds,
         "sides": results.described,
         "versions": results.versions,
@@ -89,6 +107,10 @@ def _plain(value: Any) -> Any:
 
 def _junit(results: Results, judged: list[tuple[Requirement, dict[str, str]]]) -> JUnitXml:
     suite = TestSuite("loadtest compare")
+    if not results.complete:
+        case = TestCase("ended by itself")
+        case.result = [Failure(why) for why in verdict.missing(results)]
+        suite.add_testcase(case)
     for workload in results.gain:
         case = TestCase("answers without errors", workload)
         counts = errors_of([point for point in results.points if point.workload == workload])
@@ -119,6 +141,7 @@ def _page(results: Results, rows: dict[str, dict[str, Ratio]], judged: list[Any]
         results=results,
         plan=results.plan,
         answers={workload: _answer(results, workload) for workload in rows},
+        missing=verdict.missing(results),
         rows=rows,
         titles=ROWS,
         levels={workload: verdict.level_figures(results, workload) for workload in rows},

@@ -100,6 +100,20 @@ def quality(results: Results, workload: str) -> str:
     return f"{parts}: {word} ({value:+.2f}, {low:+.2f} to {high:+.2f})."
 
 
+def missing(results: Results) -> list[str]:
+    """What was meant to be measured and was not, and why."""
+    why = ", as the time was over" if results.complete else ""
+    found = [] if results.complete else ["Incomplete: saved on the way, of a comparison that has not ended by itself."]
+    for workload in results.plan.workloads:
+        made = min(len(results.runs(workload, side, "level")) for side in SIDES)
+        wanted = results.pairs.get(workload, 0)
+        if workload not in results.gain:
+            found.append(f"{workload}: not measured{why}.")
+        elif made < wanted:
+            found.append(f"{workload}: {made} of {wanted} pairs of runs at equal load{why}.")
+    return found
+
+
 def level_figures(results: Results, workload: str) -> dict[str, dict[str, float]]:
     """Both sides' figures behind the ratios: rates, and medians over the runs at equal load, in seconds."""
     found: dict[str, dict[str, float]] = {}

@@ -15,9 +15,11 @@ from selenium.webdriver.chrome.service import Service
 
 import loadtests
 from tests.command import refused
+from tests.servers import eventually
 from vllm_ext.process import free_port, running
 
 COMMAND = [sys.executable, "-m", "vllm_ext.cli.main", "loadtest"]
+INCOMPLETE = "Incomplete: saved on the way, of a comparison that has not ended by itself."
 PLOTS = {"throughput-chat", "goodput-chat", "ttft-chat", "itl-chat", "kv", "queue"}
 
 
@@ -80,6 +82,8 @@ def test_a_beside_a_is_no_difference(compared):
     (chat,) = report["workloads"].values()
     assert not chat["ratios"]["goodput_ratio"]["differs"]
     assert set(chat["served_requests_per_second"]) == {"A", "B"}
+    assert report["complete"]
+    assert report["missing"] == []
     levels = [run for run in report["runs"] if run["kind"] == "level"]
     assert [run["side"] for run in levels] == ["A", "B", "B", "A"]
     assert len({run["figures"]["rate"] for run in levels}) == 1
@@ -92,6 +96,27 @@ def test_the_report_is_as_its_schema_says(compared):
     schema = json.loads((Path(loadtests.__file__).parent / "report.schema.json").read_text())
     jsonschema.Draft202012Validator.check_schema(schema)
     jsonschema.validate(json.loads((compared[1] / "report.json").read_text()), schema)
+
+
+def test_one_that_is_ended_leaves_a_report_of_what_was_measured(url, tmp_path):
+    work = ["--workload", "chat", "--scale", "0.05", "--arrival", "constant", "--ttft", "0.3", "--itl", "0.5"]
+    times = ["--warmup", "0.5", "--duration", "1", "--start", "16", "--client-bound", "1"]
+    command = [*COMMAND, "compare", url, url, "--out", str(tmp_path), *work, *times]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        try:
+            assert eventually((tmp_path / "junit.xml").exists, 120)
+            running.terminate()
+            out, err = running.communicate(timeout=60)
+        finally:
+            running.kill()
+    assert (running.returncode, out) == (143, "")
+    assert "ended early; the report has what was measured: " in err
+    report = json.loads((tmp_path / "report.json").read_text())
+    jsonschema.validate(report, json.loads((Path(loadtests.__file__).parent / "report.schema.json").read_text()))
+    assert not report["complete"]
+    assert {run["side"] for run in report["runs"]} == {"A", "B"}
+    assert report["missing"] == [INCOMPLETE, "chat: 0 of 3 pairs of runs at equal load."]
+    assert INCOMPLETE in (tmp_path / "report.html").read_text()
 
 
 def test_junit_has_what_failed(compared):

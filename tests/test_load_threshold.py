@@ -5,16 +5,20 @@ goes the whole way that real answers go, but for HTTP; the time that each run wo
 """
 
 import heapq
+import json
 import math
 from contextlib import nullcontext
-from itertools import takewhile
+from itertools import count, takewhile
 
 import numpy as np
 import pytest
+from junitparser import JUnitXml
 
 from loadtests import compare, verdict
 from loadtests.answer import CUT, Answer, Objective
 from loadtests.compare import Comparison, Plan
+from loadtests.report import write
+from loadtests.requirements import Requirement
 from loadtests.run import Run
 from loadtests.settings import Load
 from loadtests.statistics import figures
@@ -30,10 +34,10 @@ OVERHEAD = 4.0
 
 
 class Clock:
-    """Virtual time, in place of the module `time`."""
+    """Virtual time, in place of the module `time`; `overhead` tells what the n-th run takes beside what it sends."""
 
-    def __init__(self) -> None:
-        self.now = 0.0
+    def __init__(self, overhead) -> None:
+        self.now, self.overhead, self.runs = 0.0, overhead, count()
 
     def monotonic(self) -> float:
         return self.now
@@ -58,20 +62,32 @@ class Machine:
             tokens = conversation.turns[0].answer_tokens
             start = max(arrival, heapq.heappop(free)) + FIRST * slower
             heapq.heappush(free, start + tokens * GAP * slower)
-            times = tuple(time for time in start + np.arange(tokens) * GAP * slower if time < end)
+            times = tuple(time for time in (start + np.arange(tokens) * GAP * slower).tolist() if time < end)
             done = len(times) == tokens
             error, last = (None, times[-1]) if done else (CUT, end)
             answers.append(
                 Answer("chat", str(number), arrival, arrival, last, times, 10, len(times), tokens, error=error)
             )
-        self.clock.now += end + OVERHEAD
+        self.clock.now += end + self.clock.overhead(next(self.clock.runs))
         found = figures(answers, objective, load.warmup, load.warmup + load.duration, load.rate)
         return Run(found, answers, load.warmup, Client((0, 0), (0, 0), 0.1))
 
 
-def compared(monkeypatch, slots, seed, noise=0.04, drift=0.1, minutes=15.0, arrival="constant", **more):
+def compared(
+    monkeypatch,
+    slots,
+    seed,
+    noise=0.04,
+    drift=0.1,
+    minutes=15.0,
+    arrival="constant",
+    overhead=lambda run: OVERHEAD,
+    save=lambda results: None,
+    workloads=("chat",),
+    **more,
+):
     """A whole comparison; returns its results and the seconds that it would have taken."""
-    clock, dice = Clock(), np.random.default_rng(seed)
+    clock, dice = Clock(overhead), np.random.default_rng(seed)
     machines = dict(zip(SIDES, (Machine(each, clock, noise, drift, dice) for each in slots), strict=True))
 
     def warm_up(url, load):
@@ -92,8 +108,8 @@ def compared(monkeypatch, slots, seed, noise=0.04, drift=0.1, minutes=15.0, arri
     monkeypatch.setattr(compare, "prefix_cache", lambda url: (math.nan, math.nan))
     monkeypatch.setattr(Comparison, "_observed", lambda self, side: nullcontext(side))
     load = Load(**vars(LOAD) | {"seed": seed, "arrival": arrival})
-    plan = Plan(("chat",), OBJECTIVE, load, minutes=minutes, **more)
-    results = Comparison(plan, {}, dict.fromkeys(SIDES, "")).measure(lambda _: None, lambda _: None)
+    plan = Plan(workloads, OBJECTIVE, load, minutes=minutes, **more)
+    results = Comparison(plan, {}, dict.fromkeys(SIDES, "")).measure(lambda _: None, save)
     return results, clock.now
 
 
@@ -126,6 +142,63 @@ def test_a_time_that_is_over_ends_the_search_and_says_how_little_is_known(monkey
     results, seconds = compared(monkeypatch, (10, 13), 0, minutes=6)
     assert seconds <= 6 * 60
     assert results.gain["chat"].high / results.gain["chat"].low > 1.3
+
+
+@pytest.mark.parametrize(
+    ("overhead", "minutes", "search", "level"),
+    [
+        (lambda run: 120 if run < 2 else OVERHEAD, 8, 1, 0),  # as a slow pair is all that is known
+        (lambda run: 120 if run < 2 else OVERHEAD, 15, 8, 3),
+        (lambda run: 60, 6, 1, 0),
+        (lambda run: 60, 15, 4, 1),
+    ],
+)
+def test_slow_runs_are_fewer_and_the_time_holds(monkeypatch, overhead, minutes, search, level):
+    results, seconds = compared(monkeypatch, (10, 10), 0, minutes=minutes, overhead=overhead)
+    assert seconds <= minutes * 60
+    assert [len(results.runs("chat", "A", kind)) for kind in ("search", "level")] == [search, level]
+    fewer = f"chat: {level} of 3 pairs of runs at equal load, as the time was over."
+    assert verdict.missing(results) == [fewer] * (level < 3)
+
+
+def test_a_workload_that_no_time_is_left_for_is_said_and_meets_no_requirement(monkeypatch, tmp_path):
+    results, _ = compared(monkeypatch, (10, 10), 0, minutes=1, workloads=("chat", "rag"))
+    required = Requirement.parse("goodput_ratio>=0.01", ("chat", "rag"))
+    assert write(results, tmp_path, [required], "")[0].startswith("rag: goodput_ratio is not measured")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["complete"]
+    assert report["missing"][1] == "rag: not measured, as the time was over."
+    assert report["missing"][1] in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_results_are_saved_after_every_pair_and_complete_at_the_end(monkeypatch, in_turn):
+    saved = []
+
+    def save(results):
+        saved.append(([len(results.runs("chat", side)) for side in SIDES], results.complete))
+
+    results, _ = compared(monkeypatch, (10, 13), 0, minutes=12, save=save, in_turn=in_turn)
+    pairs = [4, 9] if in_turn else [*range(1, len(results.points) // 2 + 1), len(results.points) // 2]
+    assert saved == [([pair, pair], False) for pair in pairs[:-1]] + [([pairs[-1]] * 2, True)]
+
+
+def test_what_is_ended_amidst_a_pair_leaves_those_before(monkeypatch, tmp_path):
+    def overhead(run):
+        if run == 7:
+            raise KeyboardInterrupt
+        return OVERHEAD
+
+    with pytest.raises(KeyboardInterrupt):
+        compared(monkeypatch, (10, 13), 0, overhead=overhead, save=lambda results: write(results, tmp_path, [], ""))
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert len(report["runs"]) == 6
+    assert not report["complete"]
+    assert report["missing"][0].startswith("Incomplete: ")
+    assert report["missing"][0] in (tmp_path / "report.html").read_text()
+    (suite,) = JUnitXml.fromfile(str(tmp_path / "junit.xml"))
+    assert [case.name for case in suite if case.result] == ["ended by itself"]
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["junit.xml", "report.html", "report.json"]
 
 
 def test_servers_that_are_up_in_turn_are_told_apart_too(monkeypatch):

@@ -87,7 +87,7 @@ def compare(context: typer.Context) -> None:
     from loadtests.requirements import Requirement
     from loadtests.settings import Load
     from loadtests.threshold import SIDES
-    from loadtests.verdict import quality, verdict
+    from loadtests.verdict import missing, quality, verdict
     from loadtests.workloads import NAMES
     from vllm_ext.progress import progress
 
@@ -120,27 +120,31 @@ def compare(context: typer.Context) -> None:
         imported = {side: read_guidellm(Path(each)) for side, each in named.items() if each.endswith(".json")}
         sides = {side: _side(each, for_servers) for side, each in named.items() if side not in imported}
         _make(given.out)
-        errors.print(f"report: {given.out.resolve() / 'report.html'}, when done")
-        with progress() as bar:
-            task = bar.add_task("", total=100)
+        errors.print(f"report: {given.out.resolve() / 'report.html'}, from the first pair of runs on")
+        described = {side: shlex.join([each, *for_servers]) for side, each in named.items()}
+        command = shlex.join(["vllm-ext", *sys.argv[1:]])
+        missed: list[str] = []
+        comparison = Comparison(plan, sides, described, imported)
 
-            def step(text: str) -> None:
-                bar.update(task, description=text, completed=min(100 * comparison.gone, 99))
+        def save(results: Results) -> None:
+            missed[:] = write(results, given.out, requirements, command)
 
-            described = {
-                side: shlex.join([each, *for_servers]) for side, each in zip(SIDES, (given.a, given.b), strict=True)
-            }
-            command = shlex.join(["vllm-ext", *sys.argv[1:]])
-            missed: list[str] = []
+        try:
+            with progress() as bar:
+                task = bar.add_task("", total=100)
 
-            def save(results: Results) -> None:
-                missed[:] = write(results, given.out, requirements, command)
+                def step(text: str) -> None:
+                    bar.update(task, description=text, completed=min(100 * comparison.gone, 99))
 
-            comparison = Comparison(plan, sides, described, imported)
-            results = comparison.measure(step, save)
-    for each in workloads:
+                results = comparison.measure(step, save)
+        finally:
+            if comparison.results.gain and not comparison.results.complete:
+                errors.print(f"ended early; the report has what was measured: {given.out.resolve()}", markup=False)
+    for each in results.gain:
         print(verdict(results, each))
         print(quality(results, each))
+    for text in missing(results):
+        print(text)
     for text in missed:
         errors.print(f"not met: {text}", markup=False)
     print(given.out.resolve() / "report.html")
