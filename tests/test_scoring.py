@@ -13,6 +13,7 @@ from tests.engines import engine
 from tests.reference import Reference
 from tests.tiny import prompts
 from vllm_ext.quality.scoring import FORCED, ForceTokens, generate, score_answers, score_prompts
+from vllm_ext.tasks.items import Item
 
 LENGTHS = (8, 129, 200)
 SETTINGS = {"logits_processors": [ForceTokens], "async_scheduling": False, "max_num_batched_tokens": 150}
@@ -31,7 +32,8 @@ def scored(request, tiny_models):
     progress: list[int] = []
     with engine(folder, changes, **SETTINGS) as llm:
         as_prompts = score_prompts(llm, texts, progress.append) if changes is None else []
-        as_answers = score_answers(llm, texts, TOKENS, progress.append)
+        items = [Item(tuple(text[:-TOKENS]), tuple(text[-TOKENS:])) for text in texts]
+        as_answers = score_answers(llm, items, progress.append)
         generated = generate(llm, texts, TOKENS, progress.append)
     return texts, as_prompts, as_answers, generated, progress, Reference(folder, changes or {})
 

@@ -30,7 +30,7 @@ def figures(smollm2, tmp_path_factory):
         folder = tmp_path_factory.mktemp(name) / "planned"
         write_planned(source, plan, folder, fitted)
         beside[name] = Served.open(str(folder))
-    return measure(str(smollm2), beside, Settings((512,), tokens=4096, items=60), ("--dtype", fast_dtype()))
+    return measure(str(smollm2), beside, Settings((512,), tokens=4096, items=60, tasks=()), ("--dtype", fast_dtype()))
 
 
 def test_perplexity(figures):

@@ -3,7 +3,7 @@
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -35,9 +35,29 @@ def quality(
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of held-out prose, for each length.")] = 32768,
     items: Annotated[int, typer.Option(help="How many capitals, and how many sums.")] = 100,
-    seed: Annotated[int, typer.Option(help="For which passages, capitals and sums those are.")] = 0,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What is retrieved from far back: needle, needles (one of four), values, words, uuids, variables, "
+            "shots, facts; may be given several times; by default needle and needles."
+        ),
+    ] = None,
+    task_length: Annotated[
+        list[int] | None,
+        typer.Option(help="Tokens of an item of a --task; may be given several times; by default 512 and 1024."),
+    ] = None,
+    task_items: Annotated[
+        int,
+        typer.Option(
+            help="Items of each --task at each length. Each model reads items times lengths for every task: by default "
+            "61,440 tokens, half as many as all else takes."
+        ),
+    ] = 20,
+    seed: Annotated[int, typer.Option(help="For which passages, items, capitals and sums those are.")] = 0,
 ) -> None:
-    """Measure what plans cost, beside the stock MODEL: prose, capitals, sums; options of `vllm serve` go to all.
+    """Measure what plans cost, beside the stock MODEL: retrieval, prose, capitals, sums.
+
+    Options of `vllm serve` go to all models.
 
     With --json a run that was stopped goes on from the last model that was done, and models done before are not run
     again.
@@ -47,7 +67,9 @@ def quality(
     from vllm_ext.quality.command import quality as run
     from vllm_ext.quality.work import Settings
 
-    settings = Settings(tuple(length or Settings.lengths), tokens, items, seed)
+    chosen: Any = tuple(task or Settings.tasks)
+    lengths, far = tuple(length or Settings.lengths), tuple(task_length or Settings.task_lengths)
+    settings = Settings(lengths, tokens, items, seed, chosen, far, task_items)
     changes = None if skip is window is freeze is None else layer_plans(skip, window, freeze)
     given = {"skip": skip, "window": window, "freeze": freeze, "head": head}
     overlaid = ", ".join(f"{option} {value}" for option, value in given.items() if value is not None)

@@ -1,4 +1,4 @@
-"""`vllm-ext quality`: what a plan costs, measured beside the stock model on prose, capitals and sums.
+"""`vllm-ext quality`: what a plan costs, beside the stock model: what it retrieves, prose, capitals and sums.
 
 Perplexity alone misleads: *Attend First, Consolidate Later* (arXiv 2409.03621) finds that lower layers gather and upper
 ones do not, and a plan that leaves out the wrong ones hardly changes perplexity but loses the tasks that retrieve from

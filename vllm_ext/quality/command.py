@@ -9,6 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from model_executors.attention_plan import LayerPlan
 from model_executors.heads.head_plan import CHARACTER_HEADS, HeadKind
 from vllm_ext.checkpoint import Checkpoint
@@ -19,9 +21,10 @@ from vllm_ext.progress import progress
 from vllm_ext.quality.kept import Kept
 from vllm_ext.quality.report import STOCK, Figures, figures_of, show
 from vllm_ext.quality.work import Asked, Replies, Settings, Work, prepare_work
-from vllm_ext.reports.figures import is_right
+from vllm_ext.reports.figures import Scored, is_right
 from vllm_ext.served import Served
 from vllm_ext.tasks import texts
+from vllm_ext.tasks.items import Task
 from vllm_ext.versions import vllm_distribution
 
 
@@ -122,7 +125,7 @@ def measure(
         task = bars.add_task("", total=work.tokens * len(all_served))
         for number, (name, served) in enumerate(all_served.items()):
             bars.update(task, description=f"{name} ({number + 1} of {len(all_served)})")
-            asked = Asked(served, [*_engine_arguments(work), *vllm_args], work)
+            asked = Asked(served, [*engine_arguments(work), *vllm_args], work)
             found = kept.read(asked)
             if found is None:
                 found = _reply(asked, lambda tokens: bars.advance(task, tokens))
@@ -137,12 +140,19 @@ def measure(
             ]
             for task, answers in each.generated.items()
         }
+        | {task.name: scores_of(task, each.retrieved[task.name]) for task in work.retrieved}
         for name, each in replies.items()
     }
     return {
         name: figures_of(each, replies[STOCK], scores[name], scores[STOCK], settings.seed, name == STOCK)
         for name, each in replies.items()
     }
+
+
+def scores_of(task: Task, replies: Sequence[Scored]) -> list[float]:
+    """As offline, item by item: whether all of an answer's tokens are the first choice, or what part of them is."""
+    right = [np.equal(each.top, item.answer) for item, each in zip(task.items, replies, strict=True)]
+    return [float(each.all() if task.score == "answers" else each.mean()) for each in right]
 
 
 def _reply(asked: Asked, advance: Callable[[int], None]) -> Replies:
@@ -174,10 +184,15 @@ def _check(checkpoint: Checkpoint, candidates: Sequence[Checkpoint], settings: S
                 f"{checkpoint.config.get('vocab_size')}; give a checkpoint made from {checkpoint.name}"
             )
     longest = checkpoint.config.get("max_position_embeddings")
-    if isinstance(longest, int) and max(settings.lengths) >= longest:
-        raise UsageError(
-            f"--length {max(settings.lengths)}: the model takes fewer than {longest} tokens; choose a shorter one"
-        )
+    if isinstance(longest, int):
+        # A passage needs room for a token after it.
+        retrieved = max(settings.task_lengths, default=0) if settings.tasks else 0
+        for option, length, most in (
+            ("--length", max(settings.lengths), longest - 1),
+            ("--task-length", retrieved, longest),
+        ):
+            if length > most:
+                raise UsageError(f"{option} {length}: the model takes {most} tokens at most; choose a shorter one")
 
 
 def _tokenizer(model: str) -> Any:
@@ -189,7 +204,7 @@ def _tokenizer(model: str) -> Any:
         raise UsageError(f"model {model}: no tokenizer is to be had ({one_line(error)}); add its files") from error
 
 
-def _engine_arguments(work: Work) -> list[str]:
+def engine_arguments(work: Work) -> list[str]:
     """Options before the user's own: a start is not worth compiling for, and memory for logits stays small."""
     return [
         *("--skip-tokenizer-init", "--enforce-eager", "--no-async-scheduling"),

@@ -19,6 +19,8 @@ STOCK = "stock"
 class Figures:
     """All figures of one model; those of passages by their length."""
 
+    retrieved: dict[str, Figure]
+    """How much is right of what lies far back in the prompt, by task and length."""
     perplexity: dict[int, Figure]
     """Of passages as prompts. Empty for a model with frozen layers, whose prompt tokens get no logits."""
     agreement: dict[int, Figure]
@@ -51,6 +53,9 @@ def figures_of(
         return {} if is_stock else {n: agreement(passages, theirs[n], seed) for n, passages in scored.items()}
 
     return Figures(
+        retrieved={
+            task: accuracy(scores[task], None if is_stock else stock_scores[task], seed) for task in ours.retrieved
+        },
         perplexity=perplexities(ours.prompts, stock.prompts),
         agreement=agreements(ours.prompts, stock.prompts),
         answer_perplexity=perplexities(ours.answers, stock.answers),
@@ -85,7 +90,7 @@ def show(report: Mapping[str, Any], figures: Mapping[str, Figures]) -> None:
 
 def _rows(figures: Figures, lengths: Sequence[int]) -> dict[str, Figure | None]:
     """The table's rows, by their titles."""
-    rows: dict[str, Figure | None] = {}
+    rows: dict[str, Figure | None] = {f"retrieved, {task} tokens": figure for task, figure in figures.retrieved.items()}
     for length in lengths:
         tokens = Work.answer_tokens(length)
         answers = f"{tokens} tokens after {length - tokens}"

@@ -5,7 +5,7 @@ them itself: a logits processor forces the text's next token, while vLLM reports
 So plans that treat prompt tokens and generated ones differently are measured the way they are used.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -18,6 +18,7 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as Logits
 from vllm_ext.engine import engine_args
 from vllm_ext.quality.work import MAX_TOKENS, Asked, Replies
 from vllm_ext.reports.figures import Scored
+from vllm_ext.tasks.items import Item
 
 FORCED = "vllm_ext_forced_tokens"
 GROUP_TOKENS = 16_384
@@ -81,10 +82,14 @@ def reply(connection: Connection, asked: Asked) -> None:
     args.logits_processors = [*(args.logits_processors or []), f"{ForceTokens.__module__}:{ForceTokens.__name__}"]
     llm, done = LLM.from_engine_args(args), connection.send
     replies = Replies()
+    for task in work.retrieved:
+        replies.retrieved[task.name] = score_answers(llm, task.items, done)
     for length, passages in work.passages.items():
         if asked.with_prompts:
             replies.prompts[length] = score_prompts(llm, passages, done)
-        replies.answers[length] = score_answers(llm, passages, work.answer_tokens(length), done)
+        cut = length - work.answer_tokens(length)
+        ends = [Item(tuple(passage[:cut]), tuple(passage[cut:])) for passage in passages]
+        replies.answers[length] = score_answers(llm, ends, done)
     for name, prompts in work.prompts.items():
         replies.generated[name] = generate(llm, prompts, MAX_TOKENS[name], done)
     llm.llm_engine.engine_core.shutdown()
@@ -100,23 +105,23 @@ def score_prompts(llm: LLM, passages: list[list[int]], done: Callable[[int], Non
     ]
 
 
-def score_answers(llm: LLM, passages: list[list[int]], tokens: int, done: Callable[[int], None]) -> list[Scored]:
-    """Each passage's last `tokens`, as if they were generated after the rest."""
+def score_answers(llm: LLM, items: Sequence[Item], done: Callable[[int], None]) -> list[Scored]:
+    """Each item's answer, as if it were generated after the prompt."""
     sampling = [
         SamplingParams(
             temperature=0,
-            max_tokens=tokens,
+            max_tokens=len(item.answer),
             ignore_eos=True,
             logprobs=1,
             detokenize=False,
-            extra_args={FORCED: passage[-tokens:]},
+            extra_args={FORCED: list(item.answer)},
         )
-        for passage in passages
+        for item in items
     ]
-    prompts = [passage[:-tokens] for passage in passages]
+    prompts = [list(item.prompt) for item in items]
     scored = [
-        _scored(output.outputs[0].logprobs, passage[-tokens:])
-        for passage, (_, output) in zip(passages, _outputs(llm, prompts, sampling, done), strict=True)
+        _scored(output.outputs[0].logprobs, item.answer)
+        for item, (_, output) in zip(items, _outputs(llm, prompts, sampling, done), strict=True)
     ]
     # Frozen layers keep other K and V of generated tokens than of prompt tokens: no later prompt may find these.
     llm.reset_prefix_cache()
@@ -143,7 +148,7 @@ def _outputs(
         start = end
 
 
-def _scored(positions: Any, tokens: list[int]) -> Scored:
+def _scored(positions: Any, tokens: Sequence[int]) -> Scored:
     """From vLLM's log-probabilities of the top token and the text's, in each place."""
     return Scored(
         [position[token].logprob for position, token in zip(positions, tokens, strict=True)],

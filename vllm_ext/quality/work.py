@@ -1,4 +1,4 @@
-"""What every model is given: held-out passages, and questions after worked examples."""
+"""What every model is given: held-out passages, texts to retrieve from, and questions after worked examples."""
 
 import random
 from collections.abc import Sequence
@@ -8,7 +8,8 @@ from typing import Any
 from vllm_ext.errors import UsageError
 from vllm_ext.reports.figures import Scored
 from vllm_ext.served import Served
-from vllm_ext.tasks import texts
+from vllm_ext.tasks import retrieval, texts
+from vllm_ext.tasks.items import Task
 from vllm_ext.tasks.passages import all_passages
 
 ANSWER_TOKENS = 128
@@ -16,6 +17,7 @@ SHOTS = 4
 # What stands between examples. In a row, the embedded model gets twice as many sums right as in lines.
 BETWEEN = {"capitals": "\n", "sums": ", "}
 MAX_TOKENS = {"capitals": 16, "sums": 8}
+SHORTEST_TASK = 128
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,12 @@ class Settings:
     items: int = 100
     """Capitals, and sums."""
     seed: int = 0
+    tasks: tuple[retrieval.Name, ...] = ("needle", "needles")
+    """Those that retrieve."""
+    task_lengths: tuple[int, ...] = (512, 1_024)
+    """Tokens of their items: each is asked at every length."""
+    task_items: int = 20
+    """Of each, at each length."""
 
     def __post_init__(self) -> None:
         for length in self.lengths:
@@ -41,10 +49,22 @@ class Settings:
                 raise UsageError(f"--length {length}: too short to measure; take 8 tokens or more")
             if self.tokens < length:
                 raise UsageError(f"--tokens {self.tokens}: less than one passage of {length}; raise it to {length}")
-            if self.lengths.count(length) > 1:
-                raise UsageError(f"--length {length}: named twice; name each length once")
-        if not 1 <= self.items <= 1_000:
-            raise UsageError(f"--items {self.items}: choose 1 to 1000")
+        for task in self.tasks:
+            if task not in retrieval.NAMES:
+                raise UsageError(f"--task {task}: there is none of that name; take {', '.join(retrieval.NAMES)}")
+        for length in self.task_lengths:
+            if length < SHORTEST_TASK:
+                raise UsageError(
+                    f"--task-length {length}: too short to hide anything in; take {SHORTEST_TASK} tokens or more"
+                )
+        given = {"--length": self.lengths, "--task": self.tasks, "--task-length": self.task_lengths}
+        for option, values in given.items():
+            for value in values:
+                if values.count(value) > 1:
+                    raise UsageError(f"{option} {value}: named twice; name each once")
+        for option, number in (("--items", self.items), ("--task-items", self.task_items)):
+            if not 1 <= number <= 1_000:
+                raise UsageError(f"{option} {number}: choose 1 to 1000")
 
 
 @dataclass(frozen=True)
@@ -55,6 +75,8 @@ class Work:
     """Held-out prose by the length of its passages."""
     prompts: dict[str, list[list[int]]]
     """Prompts with worked examples, by task."""
+    retrieved: tuple[Task, ...] = ()
+    """Prompts with the answers that lie in them."""
 
     @staticmethod
     def answer_tokens(length: int) -> int:
@@ -65,13 +87,15 @@ class Work:
     def max_model_len(self) -> int:
         """The longest prompt with its answer, in tokens."""
         prompts = (len(prompt) + MAX_TOKENS[task] for task, prompts in self.prompts.items() for prompt in prompts)
-        return max(*prompts, max(self.passages) + 1)
+        retrieved = (len(each.prompt) + len(each.answer) for task in self.retrieved for each in task.items)
+        return max(*prompts, *retrieved, max(self.passages) + 1)
 
     @property
     def tokens(self) -> int:
         """All tokens of all prompts."""
         passages = sum(len(each) * (2 * n - self.answer_tokens(n)) for n, each in self.passages.items())
-        return passages + sum(len(prompt) for prompts in self.prompts.values() for prompt in prompts)
+        retrieved = sum(len(each.prompt) for task in self.retrieved for each in task.items)
+        return passages + retrieved + sum(len(prompt) for prompts in self.prompts.values() for prompt in prompts)
 
 
 @dataclass(frozen=True)
@@ -98,6 +122,8 @@ class Replies:
     answers: dict[int, list[Scored]] = field(default_factory=dict)
     """The ends of passages as answers to the rest."""
     generated: dict[str, list[list[int]]] = field(default_factory=dict)
+    retrieved: dict[str, list[Scored]] = field(default_factory=dict)
+    """The right answers to what is to be retrieved, scored as if they were generated, by task."""
 
 
 def prepare_work(tokenizer: Any, settings: Settings) -> tuple[Work, dict[str, list[str]]]:
@@ -123,7 +149,12 @@ def prepare_work(tokenizer: Any, settings: Settings) -> tuple[Work, dict[str, li
             examples = chosen.sample([each for each in known if each[0] != question], SHOTS)
             lines = [*(f"{each} {answer}" for each, answer in examples), question]
             prompts.setdefault(task, []).append(tokenizer(BETWEEN[task].join(lines)).input_ids)
-    return Work(passages, prompts), right
+    retrieved = tuple(
+        retrieval.retrieval(name, tokenizer, length, settings.task_items, settings.seed)
+        for name in settings.tasks
+        for length in settings.task_lengths
+    )
+    return Work(passages, prompts, retrieved), right
 
 
 def _passages(tokenizer: Any, prose: list[str], length: int, settings: Settings) -> list[list[int]]:
