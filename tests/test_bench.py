@@ -14,7 +14,7 @@ from vllm_ext.bench.command import Pair, measure
 from vllm_ext.bench.machine import SIZES, Machine, Sizes
 from vllm_ext.bench.machine import measured as measured_machine
 from vllm_ext.bench.report import Row, interval, rows
-from vllm_ext.bench.run import Candidate, Round, Settings, rounds
+from vllm_ext.bench.run import BenchSettings, Candidate, Round, rounds
 from vllm_ext.bench.shapes import SHAPES, write_shape
 from vllm_ext.bench.work import Work
 from vllm_ext.bench.worker import Bench
@@ -68,7 +68,7 @@ def test_what_was_interleaved_is_compared_step_by_step(tiny_models):
         for name, seconds in (("stock", [1, 4, 4]), ("variant", [1, 1, 4]))
     }
     for interleaved, gain in ((True, 1), (False, 4)):
-        settings = Settings(("prefill:16",), interleaved=interleaved)
+        settings = BenchSettings(("prefill:16",), interleaved=interleaved)
         assert rows(measured, Pair.of(source.name).shape, *plans, settings)[0].gain == gain
 
 
@@ -84,7 +84,7 @@ def test_shapes_are_configurations_of_known_families(tmp_path, name):
 @pytest.mark.parametrize("text", ["prefill:32768", "decode:1x16384", "decode:256x128", "mixed:200x128+512"])
 def test_work_for_large_gpus_is_accepted(tmp_path, text):
     pair = Pair.of_shape("llama-3.1-8b", tmp_path, {31: LayerPlan("skip")})
-    for candidate in pair.candidates(Settings((text,)), ()).values():
+    for candidate in pair.candidates(BenchSettings((text,)), ()).values():
         args = dict(zip(candidate.vllm_args, candidate.vllm_args[1:], strict=False))
         assert int(args["--max-model-len"]) >= Work.parse(text).longest(3)
         assert int(args.get("--max-num-seqs", 128)) > Work.parse(text).streams
@@ -179,7 +179,7 @@ def test_a_shape_with_character_heads(head, tmp_path, monkeypatch):
     monkeypatch.setitem(
         SHAPES, "small", SHAPES["llama-3.2-1b"] | small | {"num_attention_heads": 2, "num_key_value_heads": 1}
     )
-    settings = Settings(("decode:2x16",), 1, 1)
+    settings = BenchSettings(("decode:2x16",), 1, 1)
     options = ["--enforce-eager", "--dtype", "float32"]
     pair = Pair.of_shape("small", tmp_path, None, head, described=f"--head {head}")
     found, made = measure(pair, settings, options)
@@ -218,7 +218,7 @@ def test_interleaved_engines_take_turns(tiny_models, monkeypatch):
     model = str(tiny_models("Llama"))
     served = Served.open(model)
     two = {name: Candidate(served, options, [int(name)] * 99) for name in ("1", "2")}
-    found = rounds(two, Settings(("prefill:16", "decode:1x16"), 1, 2, interleaved=True))
+    found = rounds(two, BenchSettings(("prefill:16", "decode:1x16"), 1, 2, interleaved=True))
     assert turns == [(name, work) for work in (*["prefill:16"] * 2, *["decode:1x16"] * 32, None) for name in two]
     for (measured,) in found.values():
         assert {work: len(seconds) for work, seconds in measured.seconds.items()} == {
@@ -231,5 +231,5 @@ def test_interleaved_engines_take_turns(tiny_models, monkeypatch):
 def test_refuses_what_vllm_refuses_in_one_line(tiny_models):
     candidate = Candidate(Served.open(str(tiny_models("Llama"))), ["--max-model-len", "9999", "--skip-tokenizer-init"])
     with pytest.raises(UsageError, match=r"max_model_len \(9999\) is greater than") as refusal:
-        rounds({"a": candidate}, Settings(("prefill:16",), 1, 1))
+        rounds({"a": candidate}, BenchSettings(("prefill:16",), 1, 1))
     assert "\n" not in str(refusal.value)

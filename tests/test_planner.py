@@ -17,7 +17,7 @@ from vllm_ext.offline.model import read_tokenizer
 from vllm_ext.planner import report, run
 from vllm_ext.planner.judge import Goal, judge
 from vllm_ext.planner.run import JOURNAL, Planner
-from vllm_ext.planner.settings import Settings
+from vllm_ext.planner.settings import SearchSettings
 
 LENGTH = 60
 
@@ -52,7 +52,7 @@ def found(copying, data, tmp_path_factory):
 
 
 def planner(copying, data, out):
-    settings = Settings((), (str(data),), windows=(WINDOW,), context=512)
+    settings = SearchSettings((), (str(data),), windows=(WINDOW,), context=512)
     return Planner(Checkpoint.open(str(copying), weights=True), settings, out)
 
 
@@ -177,11 +177,11 @@ def test_refuses_before_it_searches(copying, tmp_path, command, message):
 def test_what_is_searched_with_and_judged_on(smollm2):
     """At every length; the scan alone has one, and as few tokens as three minutes allow."""
     tokenizer = read_tokenizer(Checkpoint.open(str(smollm2), weights=True))
-    settings = Settings(("needle", "uuids", "capitals"), lengths=(256, 512), items=0.2)
+    settings = SearchSettings(("needle", "uuids", "capitals"), lengths=(256, 512), items=0.2)
     names = {split: {task.name for task in settings.made(tokenizer, split)} for split in ("search", "judge")}
     assert names["search"] == {"needle at 256", "needle at 512", "capitals"}
     assert names["judge"] == names["search"] | {"uuids at 256"}
-    quick = Settings(quick=True)
+    quick = SearchSettings(quick=True)
     scanned = quick.made(tokenizer, "search")
     assert {task.name for task in scanned} == {"needle at 1024", "needles at 1024"}
     assert {task.name for task in quick.made(tokenizer, "judge")} == {task.name for task in scanned}

@@ -15,9 +15,9 @@ from vllm_ext.errors import UsageError
 from vllm_ext.offline.model import OfflineModel
 from vllm_ext.probe import run
 from vllm_ext.probe.attention import WINDOW, attention_stats
-from vllm_ext.probe.run import Settings, probe
+from vllm_ext.probe.run import ProbeSettings, probe
 
-SETTINGS = Settings(("capitals", "prose", "summaries"), items=5, every=2)
+SETTINGS = ProbeSettings(("capitals", "prose", "summaries"), items=5, every=2)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_finished_runs_are_only_reported(tiny, done, monkeypatch):
 def test_refuses_results_of_other_settings(tiny, done, tmp_path):
     source = Checkpoint.open(str(tiny), weights=True)
     with pytest.raises(UsageError, match="results of other settings"):
-        probe(source, done, Settings(SETTINGS.tasks, items=6, every=2))
+        probe(source, done, ProbeSettings(SETTINGS.tasks, items=6, every=2))
     (tmp_path / "mine").write_text("")
     with pytest.raises(UsageError, match="holds something else"):
         probe(source, tmp_path, SETTINGS)
@@ -94,7 +94,7 @@ def test_refuses_results_of_other_settings(tiny, done, tmp_path):
 )
 def test_refuses_settings(settings, message):
     with pytest.raises(UsageError, match=message):
-        Settings(**settings)
+        ProbeSettings(**settings)
 
 
 def test_the_report_holds_its_pictures(done):

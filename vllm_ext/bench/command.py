@@ -11,7 +11,7 @@ from model_executors.attention_plan import LayerPlan
 from model_executors.heads.head_plan import CHARACTER_HEADS, HeadKind
 from vllm_ext.bench import machine
 from vllm_ext.bench.report import Row, report, rows, show
-from vllm_ext.bench.run import Candidate, Settings, rounds
+from vllm_ext.bench.run import BenchSettings, Candidate, rounds
 from vllm_ext.bench.shapes import write_shape, write_shape_with_heads
 from vllm_ext.bench.work import Work
 from vllm_ext.checkpoint import Checkpoint
@@ -104,7 +104,7 @@ class Pair:
         stock = self.stock.checkpoint
         return Shape.of(AutoConfig.from_pretrained(stock.folder or stock.name), stock.family)
 
-    def candidates(self, settings: Settings, args: Sequence[str]) -> dict[str, Candidate]:
+    def candidates(self, settings: BenchSettings, args: Sequence[str]) -> dict[str, Candidate]:
         """Both as engines are to serve them, with vLLM's options `args`."""
         stock = self.stock.checkpoint
         args = [*args, *self.vllm_args, *UNTOKENIZED]
@@ -126,7 +126,7 @@ def _prose(stock: Checkpoint) -> Sequence[int]:
     return list(itertools.chain.from_iterable(ids))
 
 
-def _max_model_len(stock: Checkpoint, settings: Settings) -> int:
+def _max_model_len(stock: Checkpoint, settings: BenchSettings) -> int:
     """Enough for all work, in whole blocks of the KV cache where the model takes so many."""
     largest, needed = "", 0
     for text in settings.work:
@@ -140,7 +140,7 @@ def _max_model_len(stock: Checkpoint, settings: Settings) -> int:
     return min(taken, -(-needed // BLOCK) * BLOCK)
 
 
-def bench(pair: Pair, settings: Settings, args: Sequence[str], json_file: Path | None) -> None:
+def bench(pair: Pair, settings: BenchSettings, args: Sequence[str], json_file: Path | None) -> None:
     """Measure, print the table, and the JSON as the last line.
 
     Raises:
@@ -159,7 +159,7 @@ def bench(pair: Pair, settings: Settings, args: Sequence[str], json_file: Path |
     print(text)
 
 
-def measure(pair: Pair, settings: Settings, args: Sequence[str]) -> tuple[list[Row], dict[str, Any]]:
+def measure(pair: Pair, settings: BenchSettings, args: Sequence[str]) -> tuple[list[Row], dict[str, Any]]:
     """The rows, and all of it for JSON; raises as `bench` does."""
     measured = rounds(pair.candidates(settings, args), settings)
     shape = replace(pair.shape, element_bytes=measured["stock"][0].element_bytes)

@@ -20,7 +20,7 @@ import typer
 from model_executors.attention_plan import LayerPlan
 from vllm_ext.bench import machine
 from vllm_ext.bench.command import Pair
-from vllm_ext.bench.run import Round, Settings, rounds
+from vllm_ext.bench.run import BenchSettings, Round, rounds
 from vllm_ext.bench.work import Work
 from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.costs import parts
@@ -68,7 +68,7 @@ def sweep(
     if dimension == "skipped":
         return _skipped(chosen, model, args, count, interleaved)
     work = tuple(f"decode:1x{point}" if dimension == "context" else f"decode:{point}x128" for point in chosen)
-    settings = Settings(work, count, 1, interleaved=interleaved)
+    settings = BenchSettings(work, count, 1, interleaved=interleaved)
     two = Pair.of(model, planned=planned, described=described, vllm_args=args)
     measured = rounds(two.candidates(settings, args), settings)
     shape = replace(two.shape, element_bytes=measured["stock"][0].element_bytes)
@@ -100,7 +100,7 @@ def _skipped(points: tuple[int, ...], model: str, args: Sequence[str], count: in
     layers = Checkpoint.open(model, weights=False).num_layers
     if max(points) >= layers:
         raise UsageError(f"--point {max(points)}: the model has {layers} layers and one must attend; choose fewer")
-    pairs, settings = {}, Settings(work, count, interleaved=interleaved)
+    pairs, settings = {}, BenchSettings(work, count, interleaved=interleaved)
     for point in points:
         changes = {layer: LayerPlan("skip") for layer in range(layers - point, layers)}
         pairs[f"skip {point}"] = Pair.of(model, changes, vllm_args=args)

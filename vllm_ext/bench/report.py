@@ -14,7 +14,7 @@ from rich.table import Table
 from model_executors.attention_plan import AttentionPlan
 from model_executors.heads.head_plan import HeadPlan
 from vllm_ext.bench.machine import Machine
-from vllm_ext.bench.run import Round, Settings
+from vllm_ext.bench.run import BenchSettings, Round
 from vllm_ext.bench.work import Work
 from vllm_ext.costs import Shape, parts
 from vllm_ext.versions import vllm_distribution
@@ -64,7 +64,7 @@ def rows(
     plan: AttentionPlan,
     heads: tuple[HeadPlan, HeadPlan],
     machine: Machine,
-    settings: Settings,
+    settings: BenchSettings,
 ) -> list[Row]:
     """Every figure, `measured` being of `stock` and `variant`, and `heads` theirs.
 

@@ -27,7 +27,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Settings:
+class BenchSettings:
     """How it is measured."""
 
     work: tuple[str, ...]
@@ -45,7 +45,7 @@ class Asked:
     """What a process is to measure."""
 
     candidate: Candidate
-    settings: Settings
+    settings: BenchSettings
     seed: int
 
 
@@ -65,7 +65,7 @@ class Round:
     threads: int = 0
 
 
-def rounds(candidates: Mapping[str, Candidate], settings: Settings) -> dict[str, list[Round]]:
+def rounds(candidates: Mapping[str, Candidate], settings: BenchSettings) -> dict[str, list[Round]]:
     """Measure every candidate in every round; who goes first changes, so that none profits from the machine's drift.
 
     Raises:
@@ -108,7 +108,7 @@ def _weight(text: str, repeats: int) -> int:
 class Measurement(Engine):
     """A process with one engine, which works when it is told to and tells what it measured."""
 
-    def __init__(self, candidate: Candidate, settings: Settings, seed: int) -> None:
+    def __init__(self, candidate: Candidate, settings: BenchSettings, seed: int) -> None:
         self.round, self.candidate, self.settings, self.seed = Round(), candidate, settings, seed
         self.began = time.time()
         super().__init__("vllm_ext.bench.worker:work")

@@ -70,7 +70,7 @@ def bench(
     """
     from vllm_ext.bench.command import Pair
     from vllm_ext.bench.command import bench as run
-    from vllm_ext.bench.run import Settings
+    from vllm_ext.bench.run import BenchSettings
     from vllm_ext.bench.work import DEFAULT, DEFAULT_LONG
     from vllm_ext.layers import layer_plans
 
@@ -96,7 +96,7 @@ def bench(
     changes = layer_plans(skip, window, freeze, consolidation) if overlaid else None
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the engines it started end with it
     chosen = tuple(work or ()) or DEFAULT + (DEFAULT_LONG if long else ())
-    settings = Settings(chosen, rounds, repeats, seed, interleaved)
+    settings = BenchSettings(chosen, rounds, repeats, seed, interleaved)
     with tempfile.TemporaryDirectory(prefix="vllm-ext-bench-") as scratch:
         if shape is not None:
             pair = Pair.of_shape(shape, Path(scratch), changes, head, described=described)

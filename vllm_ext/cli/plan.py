@@ -97,11 +97,11 @@ def search(
     from vllm_ext.checkpoint import Checkpoint
     from vllm_ext.planner.report import write
     from vllm_ext.planner.run import Planner
-    from vllm_ext.planner.settings import Settings
+    from vllm_ext.planner.settings import SearchSettings
 
     given = {"tasks": () if data and not task else task, "data": data, "lengths": length, "windows": window}
     chosen = {name: tuple(values) for name, values in given.items() if values is not None}
-    settings = Settings(**chosen, context=context, items=items, quick=quick, seed=seed)  # type: ignore[arg-type]
+    settings = SearchSettings(**chosen, context=context, items=items, quick=quick, seed=seed)  # type: ignore[arg-type]
     out = out.expanduser()
     _end_cleanly()
     front = Planner(Checkpoint.open(model, weights=True), settings, out).find()

@@ -40,7 +40,7 @@ def probe(
     two cores with --every 3 --items 20.
     """
     from vllm_ext.checkpoint import Checkpoint
-    from vllm_ext.probe.run import Settings
+    from vllm_ext.probe.run import ProbeSettings
     from vllm_ext.probe.run import probe as run
 
     given: dict[str, Any] = {
@@ -50,7 +50,7 @@ def probe(
         "lengths": length,
     }
     chosen = {name: tuple(values) for name, values in given.items() if values is not None}
-    settings = Settings(**chosen, items=items, every=every, seed=seed)
+    settings = ProbeSettings(**chosen, items=items, every=every, seed=seed)
     results = run(Checkpoint.open(model, weights=True), out.expanduser(), settings)
     from vllm_ext.probe.report import write
 

@@ -22,7 +22,7 @@ from vllm_ext.planner.judge import Judged, judge
 from vllm_ext.planner.linear import fit_alone
 from vllm_ext.planner.scan import Scan, scan
 from vllm_ext.planner.search import Search, Trial
-from vllm_ext.planner.settings import SINKS, Settings
+from vllm_ext.planner.settings import SINKS, SearchSettings
 from vllm_ext.planner.trials import KEYS, Changes, Trials
 from vllm_ext.progress import progress
 from vllm_ext.reports.journal import Journal
@@ -51,7 +51,7 @@ class Front:
 class Planner:
     """A model, the tasks that plans of it are tried and judged on, and a folder that keeps every trial."""
 
-    def __init__(self, source: Checkpoint, settings: Settings, out: Path) -> None:
+    def __init__(self, source: Checkpoint, settings: SearchSettings, out: Path) -> None:
         """Read them, and what an earlier run left in the folder.
 
         Raises:

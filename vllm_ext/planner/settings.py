@@ -29,7 +29,7 @@ SINKS = (4, 16)
 
 
 @dataclass(frozen=True)
-class Settings:
+class SearchSettings:
     """How a plan is searched for.
 
     Raises:

@@ -34,7 +34,7 @@ LOOKS_PASSAGES = 4
 
 
 @dataclass(frozen=True)
-class Settings:
+class ProbeSettings:
     """What is probed, and on how much.
 
     Raises:
@@ -112,7 +112,7 @@ class Results(Journal):
         return {Key(row["name"], row["layer"], row["task"]): row for row in self.rows.values()}
 
 
-def probe(source: Checkpoint, out: Path, settings: Settings) -> Results:
+def probe(source: Checkpoint, out: Path, settings: ProbeSettings) -> Results:
     """Run what is not yet in `out`; says on stderr how far it is.
 
     Raises:
@@ -140,7 +140,7 @@ def probe(source: Checkpoint, out: Path, settings: Settings) -> Results:
     return results
 
 
-def _keys(tasks: Sequence[Task], num_layers: int, settings: Settings) -> Iterator[Key]:
+def _keys(tasks: Sequence[Task], num_layers: int, settings: ProbeSettings) -> Iterator[Key]:
     """All there is to do, from the lowest layer up."""
     for task in tasks:
         yield Key("none", -1, task.name)
@@ -160,7 +160,7 @@ def _run(
     tasks: Sequence[Task],
     keys: Sequence[Key],
     results: Results,
-    settings: Settings,
+    settings: ProbeSettings,
 ) -> None:
     num_layers = len(model.layers)
     asked = {task.name: Evaluator(model, task, tokenizer) for task in tasks}
