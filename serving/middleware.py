@@ -25,7 +25,7 @@ from serving.settings import ARGUMENT, ServerSettings
 from serving.tokens import count_tokens
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
-# Evaluator by supervisors and scrapers, who have no key and must be answered whatever the load.
+# Asked by supervisors and scrapers, who have no key and must be answered whatever the load.
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/ping"})
 
 

@@ -55,8 +55,8 @@ class Bands:
     """`[bands]`, 0, 1, 2, ..."""
     slots: torch.Tensor = field(init=False)
     """`[bands, keys]`, where they lie in the KV cache."""
-    lines: torch.Tensor = field(init=False)
-    """`[bands, num_kv_heads, keys]`, the same for the lines of each head."""
+    head_slots: torch.Tensor | None = None
+    """Of `slots_of_heads`."""
     masks: list[torch.Tensor | None] = field(default_factory=list)
     """Of `mask`."""
 
@@ -84,12 +84,18 @@ class Bands:
         count = torch.from_numpy(np.minimum(positions[:, 0] + 1, sink + window))
         return cls(torch.from_numpy(tokens), request[:, None], places, seen, count, torch.arange(len(tokens)))
 
-    def find(self, block_table: torch.Tensor, block_size: int, num_kv_heads: int) -> None:
-        """Set `slots` and `lines` by the blocks of the step's requests, `[requests, blocks]`."""
+    def find(self, block_table: torch.Tensor, block_size: int) -> None:
+        """Set `slots` by the blocks of the step's requests, `[requests, blocks]`."""
         table = block_table.numpy()
         blocks = table[self.request, np.minimum(self.places // block_size, table.shape[1] - 1)]
         self.slots = torch.from_numpy(blocks * np.int64(block_size) + self.places % block_size)
-        self.lines = self.slots[:, None] * num_kv_heads + torch.arange(num_kv_heads)[:, None]
+        self.head_slots = None
+
+    def slots_of_heads(self, num_kv_heads: int) -> torch.Tensor:
+        """`[bands, num_kv_heads, keys]`, where each head's keys lie; made once for all layers of these blocks."""
+        if self.head_slots is None:
+            self.head_slots = self.slots[:, None] * num_kv_heads + torch.arange(num_kv_heads)[:, None]
+        return self.head_slots
 
     def mask(self, groups: int) -> torch.Tensor | None:
         """`[bands, 1, width * groups or 1, keys]`, which token sees which, for each of `groups` heads of one K and V;
@@ -172,7 +178,7 @@ class WindowMetadataBuilder(AttentionMetadataBuilder[WindowMetadata]):
     def _found(self, metadata: WindowMetadata, block_table: torch.Tensor) -> WindowMetadata:
         for bands in (metadata.single, metadata.wide):
             if bands is not None:
-                bands.find(block_table, self.kv_cache_spec.block_size, self.kv_cache_spec.num_kv_heads)
+                bands.find(block_table, self.kv_cache_spec.block_size)
         return metadata
 
 
@@ -268,13 +274,14 @@ class WindowImpl(AttentionImpl[WindowMetadata]):
         """Bands of any width, in torch: a slice of them at a time."""
         keys, groups = bands.places.shape[1], self.num_heads // self.num_kv_heads
         at_once, mask = max(1, KEYS_AT_ONCE // keys), bands.mask(groups)
+        slots = bands.slots_of_heads(self.num_kv_heads)
         lines = rows.view(-1, 2 * self.head_size)
         if self.quantized is not None:
             lines = lines.view(torch.uint8)
         for start in range(0, len(bands.tokens), at_once):
             some = slice(start, start + at_once)
             tokens = bands.tokens[some]
-            kept = lines.index_select(0, bands.lines[some].flatten())
+            kept = lines.index_select(0, slots[some].flatten())
             if self.quantized is not None:
                 kept = kept.view(self.quantized).to(query.dtype)
             kept = kept.view(-1, self.num_kv_heads, keys, 2 * self.head_size)
