@@ -1,7 +1,5 @@
 """`vllm-ext bench`."""
 
-import signal
-import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +7,7 @@ from typing import Annotated
 import typer
 
 from model_executors.attention_plan import Consolidation
-from vllm_ext.cli.options import VLLM_OPTIONS, Agreement, Freeze, Head, Window
+from vllm_ext.cli.options import VLLM_OPTIONS, Agreement, Freeze, Head, Window, end_cleanly
 from vllm_ext.errors import UsageError
 
 Interleaved = Annotated[
@@ -94,7 +92,7 @@ def bench(
     given["--agreement"] = None if agreement is None else f"{agreement:g}"
     described = " ".join(f"{option} {value}" for option, value in given.items() if value is not None)
     changes = layer_plans(skip, window, freeze, consolidation) if overlaid else None
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the engines it started end with it
+    end_cleanly()
     chosen = tuple(work or ()) or DEFAULT + (DEFAULT_LONG if long else ())
     settings = BenchSettings(chosen, rounds, repeats, seed, interleaved)
     with tempfile.TemporaryDirectory(prefix="vllm-ext-bench-") as scratch:

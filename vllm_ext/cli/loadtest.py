@@ -7,7 +7,6 @@ read by its own parser, so that Locust's command line and this one have the same
 import contextlib
 import itertools
 import shlex
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from vllm_ext.cli.options import errors
+from vllm_ext.cli.options import end_cleanly, errors
 from vllm_ext.errors import UsageError
 
 if TYPE_CHECKING:
@@ -91,7 +90,7 @@ def compare(context: typer.Context) -> None:
     from loadtests.workloads import NAMES
     from vllm_ext.progress import progress
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers it started end with it
+    end_cleanly()
     with _refusing():
         parser = _parser("compare", compare.__doc__)
         parser.add_argument("a", help="The baseline: a URL, 'MODEL [options of vllm-ext serve]' to start, or "

