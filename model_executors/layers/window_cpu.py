@@ -3,7 +3,7 @@
 vLLM's CPU kernel knows no such mask and packs its KV cache in a way of its own. So a window layer's blocks are laid out
 plainly here, a row a token. A step's queries are put in *bands* of consecutive tokens of one request; a band sees the
 sink and the tokens from the first one's window on, by the rows where they lie. A band of one token sees all it is given
-and takes the kernel that vLLM has for such lists; a wider one takes torch's attention, with a mask.
+and takes the kernel that vLLM has for such lists, where it has one; others take torch's attention, with a mask.
 """
 
 import copy
@@ -211,6 +211,8 @@ class WindowImpl(AttentionImpl[WindowMetadata]):
         self.kv_cache_dtype = kv_cache_dtype
         self.logits_soft_cap = logits_soft_cap or 0.0
         self.quantized = FP8[kv_cache_dtype] if is_quantized_kv_cache(kv_cache_dtype) else None
+        # vLLM builds it for AVX-512 alone, and not for float32.
+        self.has_kernel = self.quantized is None and hasattr(torch.ops._C, "decode_attention_cpu")
 
     def rows(self, kv_cache: torch.Tensor) -> torch.Tensor:
         """The blocks' memory `[slots, num_kv_heads, 2 * head_size]`, K and V of a token side by side."""
@@ -246,7 +248,7 @@ class WindowImpl(AttentionImpl[WindowMetadata]):
             return output
         rows = self.rows(kv_cache)
         single, wide = attn_metadata.single, attn_metadata.wide
-        if single is not None and query.dtype != torch.float32 and self.quantized is None:
+        if single is not None and self.has_kernel and query.dtype != torch.float32:
             if attn_metadata.in_order:
                 count = len(single.every)
                 self._attend_single(query[:count], rows, single, output[:count])
