@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from model_executors.attention_plan import LayerPlan
 from model_executors.families import FAMILIES
@@ -113,3 +114,12 @@ def test_window_attention_is_what_a_loop_makes(length, sink, softcap):
     torch.testing.assert_close(attended[0], expected)
     last = window_attention(query[:, :, -3:], key, value, window=WINDOW, sink=sink, scaling=0.3, softcap=softcap)
     torch.testing.assert_close(last[0], expected[-3:])
+
+
+def test_a_model_in_bfloat16_keeps_its_rotary_frequencies(tiny_models, tmp_path, monkeypatch):
+    monkeypatch.setattr("vllm_ext.offline.model.slow_on_cpu", lambda dtype: False)
+    AutoModelForCausalLM.from_pretrained(tiny_models("Llama"), dtype=torch.bfloat16).save_pretrained(tmp_path)
+    model = OfflineModel(Checkpoint.open(str(tmp_path), weights=True))
+    assert model.model.dtype == torch.bfloat16
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).model.rotary_emb.inv_freq
+    assert torch.equal(model.decoder.rotary_emb.inv_freq, expected)

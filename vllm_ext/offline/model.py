@@ -46,7 +46,8 @@ class OfflineModel:
         self.dtype = model.dtype
         """What the checkpoint is in; the model here is in float32 where a CPU is slow with that."""
         slow = self.device.type == "cpu" and slow_on_cpu(model.dtype)
-        self.model = model.to(self.device, torch.float32 if slow else model.dtype).requires_grad_(False)
+        model = model.to(self.device)  # with no type, which would round the rotary frequencies too
+        self.model = (model.float() if slow else model).requires_grad_(False)
         self.decoder = self.model.model
         self.layers = self.decoder.layers
         self.family = source.family
