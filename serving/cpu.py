@@ -10,6 +10,7 @@ from argparse import Namespace
 
 from vllm.config import CompilationMode, VllmConfig
 
+from serving.block_size import check_block_size
 from vllm_ext.dtypes import fast_dtype
 from vllm_ext.errors import UsageError
 
@@ -18,8 +19,6 @@ logger = logging.getLogger("vllm.vllm_ext")
 SPACE = "VLLM_CPU_KVCACHE_SPACE"
 KV_CACHE_GIB = 1
 GIBIBYTE = 2**30
-BLOCK_MULTIPLE = 32
-"""Of the tokens of a block, in vLLM's attention for CPUs."""
 
 
 def set_defaults(args: Namespace) -> None:
@@ -47,12 +46,8 @@ def set_defaults(args: Namespace) -> None:
 
 def check(config: VllmConfig) -> None:
     """Raise UsageError for what would fail once the weights are loaded, and say what takes long."""
-    size = config.cache_config.block_size
-    if size % BLOCK_MULTIPLE and not config.model_config.use_mla:
-        nearest = max(1, round(size / BLOCK_MULTIPLE)) * BLOCK_MULTIPLE
-        raise UsageError(
-            f"--block-size {size}: on a CPU it is a multiple of {BLOCK_MULTIPLE}; take {nearest}, or leave it out"
-        )
+    if not config.model_config.use_mla:
+        check_block_size(config.cache_config.block_size)
     if config.compilation_config.mode != CompilationMode.NONE:
         logger.info(
             "The model is compiled for this CPU before it is served: minutes, in which vLLM may say that no shared "

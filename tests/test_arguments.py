@@ -47,6 +47,7 @@ def test_refuses(refuse, options, message):
         ("api-key: secret", "--api-key: whoever lists processes"),
         ("trust-remote-code: true", "add --allow-code-from-checkpoint"),
         ("load-format: pt", "convert them to safetensors"),
+        ("block-size: 48", "--block-size 48: on a CPU it is a multiple of 32; take 64"),
         ("prot: 8000", "--prot: no such option; did you mean --port?"),
         ("a: [", "expected the node content"),
     ],

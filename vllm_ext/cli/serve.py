@@ -79,6 +79,7 @@ def serve(
     is_server = is_supervised()
     (obey if is_server else end_at_once)()
 
+    from serving.block_size import check_named
     from serving.key_file import read_keys
     from serving.settings import ServerSettings
     from vllm_ext.layers import layer_plans
@@ -108,6 +109,8 @@ def serve(
     served = Served.open(model, changes, head, agreement, weights=False)
     if problem := vllm_problem():
         raise UsageError(problem)
+    if "kv_lora_rank" not in served.checkpoint.config:  # multi-head latent attention has other blocks
+        check_named(context.args)
     if not is_server:
         sys.exit(supervise(drain_seconds))
 
