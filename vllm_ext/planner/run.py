@@ -1,7 +1,7 @@
 """`vllm-ext search`: layers scanned, plans searched for and judged on other items, and what was found on the way."""
 
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +34,8 @@ from vllm_ext.versions import offline_versions
 JOURNAL = "trials.jsonl"
 CALIBRATION_TOKENS = 16_384
 CALIBRATION_LENGTH = 1_024
-MOST_JUDGED = 10
+MOST_JUDGED = 4
+"""Plans of windows, which take as long each as the search."""
 QUICK_SLACK = 0.02
 """Nats a token that a plan of the scan alone may miss."""
 
@@ -113,9 +114,9 @@ class Planner:
         """Plans of windows of which none misses less and saves more; and the one that saves most, its top changed."""
         self._stage("search", None)
         search = self._search(scanned)
-        windows = sorted(search.front(), key=lambda each: -self._saved(each.changes))[:MOST_JUDGED]
+        windows = spread(sorted(search.front(), key=lambda each: -self._saved(each.changes)))
         tops = [top for each in windows[:1] for top in search.tops(each)]
-        return [*windows, *tops][:MOST_JUDGED]
+        return [*windows, *tops]
 
     def _search(self, scanned: Scan) -> Search:
         windows = sorted(self.settings.windows)
@@ -167,3 +168,10 @@ class Planner:
         """Operations of a prompt."""
         plan = AttentionPlan.of(self.source.num_layers, changes)
         return Shape.of(self.config, self.source.family).prefill_flops(plan, self.settings.context)
+
+
+def spread(plans: Sequence[Trial]) -> list[Trial]:
+    """Of plans in order, the first, the last and what lies evenly between, `MOST_JUDGED` of them at most."""
+    if len(plans) <= MOST_JUDGED:
+        return list(plans)
+    return [plans[round(number * (len(plans) - 1) / (MOST_JUDGED - 1))] for number in range(MOST_JUDGED)]
