@@ -23,7 +23,7 @@ from vllm_ext.offline.evaluator import Evaluator
 from vllm_ext.offline.model import OfflineModel
 from vllm_ext.quality.command import candidates, engine_arguments, measure, scores_of
 from vllm_ext.quality.kept import Kept
-from vllm_ext.quality.work import Asked, Replies, Settings, Work, prepare_work
+from vllm_ext.quality.work import Asked, QualitySettings, Replies, Work, prepare_work
 from vllm_ext.reports.figures import Scored
 from vllm_ext.served import Served
 from vllm_ext.tasks.items import Item, Task
@@ -33,7 +33,7 @@ LENGTH = 128
 ANSWER = LENGTH // 4
 PLANNED = "skip 29, freeze 20-28"
 CHANGES = {layer: LayerPlan("freeze") for layer in range(20, 29)} | {29: LayerPlan("skip")}
-SETTINGS = Settings((LENGTH,), tokens=8 * LENGTH, items=12, task_lengths=(2 * LENGTH,), task_items=8)
+SETTINGS = QualitySettings((LENGTH,), tokens=8 * LENGTH, items=12, task_lengths=(2 * LENGTH,), task_items=8)
 FLOAT32 = ("--dtype", "float32")
 WORK = Work({LENGTH: [[1] * LENGTH] * 8}, {"capitals": [[1]], "sums": [[1]]})
 
@@ -140,7 +140,7 @@ def test_retrieves_at_every_length(work):
     assert [task.name for task in work[0].retrieved] == [f"{name} at {2 * LENGTH}" for name in ("needle", "needles")]
     for task in work[0].retrieved:
         assert all(1.5 * LENGTH < len(each.prompt + each.answer) <= 2 * LENGTH for each in task.items)
-    usual = Settings()
+    usual = QualitySettings()
     assert (usual.tasks, usual.task_lengths) == (("needle", "needles"), (512, 1_024))
 
 
@@ -162,7 +162,7 @@ def test_asks_what_the_stock_model_can_answer(run):
 def test_work_is_the_same_every_time(smollm2, work):
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     assert prepare_work(tokenizer, SETTINGS) == work
-    other = prepare_work(tokenizer, Settings(SETTINGS.lengths, SETTINGS.tokens, SETTINGS.items, seed=1))
+    other = prepare_work(tokenizer, QualitySettings(SETTINGS.lengths, SETTINGS.tokens, SETTINGS.items, seed=1))
     assert other != work
 
 
@@ -190,7 +190,7 @@ def test_no_example_is_the_question(smollm2, work):
 )
 def test_refuses_settings(settings, message):
     with pytest.raises(UsageError, match=message):
-        Settings(**settings)
+        QualitySettings(**settings)
 
 
 def test_refuses_models_that_cannot_be_compared(smollm2, tiny_models, tmp_path):
@@ -204,7 +204,7 @@ def test_refuses_models_that_cannot_be_compared(smollm2, tiny_models, tmp_path):
     with pytest.raises(UsageError, match="its vocab_size is 256, the stock model's 49152"):
         measure(str(smollm2), {"tiny": Served.open(str(tiny_models("Llama")))}, SETTINGS)
     with pytest.raises(UsageError, match="--length 2048: the model takes 511 tokens at most"):
-        measure(str(tiny_models("Llama")), {}, Settings())
+        measure(str(tiny_models("Llama")), {}, QualitySettings())
     with pytest.raises(UsageError, match="--task-length 1024: the model takes 512 tokens at most"):
         measure(str(tiny_models("Llama")), {}, replace(SETTINGS, task_lengths=(512, 1024)))
     with pytest.raises(UsageError, match="no tokenizer is to be had"):

@@ -7,7 +7,7 @@ from vllm_ext.checkpoint import Checkpoint, write_planned
 from vllm_ext.dtypes import fast_dtype
 from vllm_ext.offline.fit import fit
 from vllm_ext.quality.command import measure
-from vllm_ext.quality.work import Settings
+from vllm_ext.quality.work import QualitySettings
 from vllm_ext.served import Served
 from vllm_ext.tasks.texts import prose
 
@@ -30,7 +30,9 @@ def figures(smollm2, tmp_path_factory):
         folder = tmp_path_factory.mktemp(name) / "planned"
         write_planned(source, plan, folder, fitted)
         beside[name] = Served.open(str(folder))
-    return measure(str(smollm2), beside, Settings((512,), tokens=4096, items=60, tasks=()), ("--dtype", fast_dtype()))
+    return measure(
+        str(smollm2), beside, QualitySettings((512,), tokens=4096, items=60, tasks=()), ("--dtype", fast_dtype())
+    )
 
 
 def test_perplexity(figures):

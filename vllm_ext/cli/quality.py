@@ -63,11 +63,11 @@ def quality(
     from vllm_ext.layers import layer_plans
     from vllm_ext.quality.command import candidates
     from vllm_ext.quality.command import quality as run
-    from vllm_ext.quality.work import Settings
+    from vllm_ext.quality.work import QualitySettings
 
-    chosen: Any = tuple(task or Settings.tasks)
-    lengths, far = tuple(length or Settings.lengths), tuple(task_length or Settings.task_lengths)
-    settings = Settings(lengths, tokens, items, seed, chosen, far, task_items)
+    chosen: Any = tuple(task or QualitySettings.tasks)
+    lengths, far = tuple(length or QualitySettings.lengths), tuple(task_length or QualitySettings.task_lengths)
+    settings = QualitySettings(lengths, tokens, items, seed, chosen, far, task_items)
     changes = None if skip is window is freeze is None else layer_plans(skip, window, freeze)
     given = {"skip": skip, "window": window, "freeze": freeze, "head": head}
     overlaid = ", ".join(f"{option} {value}" for option, value in given.items() if value is not None)

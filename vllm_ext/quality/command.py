@@ -20,7 +20,7 @@ from vllm_ext.folders import check_file
 from vllm_ext.progress import progress
 from vllm_ext.quality.kept import Kept
 from vllm_ext.quality.report import STOCK, Figures, figures_of, show
-from vllm_ext.quality.work import Asked, Replies, Settings, Work, prepare_work
+from vllm_ext.quality.work import Asked, QualitySettings, Replies, Work, prepare_work
 from vllm_ext.reports.figures import Scored, is_right
 from vllm_ext.served import Served
 from vllm_ext.tasks import texts
@@ -72,7 +72,7 @@ def candidates(
 def quality(
     model: str,
     beside: Mapping[str, Served],
-    settings: Settings,
+    settings: QualitySettings,
     vllm_args: Sequence[str] = (),
     json_file: Path | None = None,
 ) -> None:
@@ -103,7 +103,7 @@ def quality(
 def measure(
     model: str,
     beside: Mapping[str, Served],
-    settings: Settings,
+    settings: QualitySettings,
     vllm_args: Sequence[str] = (),
     folder: Path | None = None,
 ) -> dict[str, Figures]:
@@ -171,7 +171,7 @@ def _reply(asked: Asked, advance: Callable[[int], None]) -> Replies:
     return message
 
 
-def _check(checkpoint: Checkpoint, candidates: Sequence[Checkpoint], settings: Settings) -> None:
+def _check(checkpoint: Checkpoint, candidates: Sequence[Checkpoint], settings: QualitySettings) -> None:
     """Raise UsageError for models that cannot be measured so."""
     if checkpoint.plan is not None:
         raise UsageError(

@@ -21,7 +21,7 @@ SHORTEST_TASK = 128
 
 
 @dataclass(frozen=True)
-class Settings:
+class QualitySettings:
     """How much is measured.
 
     Raises:
@@ -126,7 +126,7 @@ class Replies:
     """The right answers to what is to be retrieved, scored as if they were generated, by task."""
 
 
-def prepare_work(tokenizer: Any, settings: Settings) -> tuple[Work, dict[str, list[str]]]:
+def prepare_work(tokenizer: Any, settings: QualitySettings) -> tuple[Work, dict[str, list[str]]]:
     """The work in the model's tokens, and the right answers of each task.
 
     Raises:
@@ -157,7 +157,7 @@ def prepare_work(tokenizer: Any, settings: Settings) -> tuple[Work, dict[str, li
     return Work(passages, prompts, retrieved), right
 
 
-def _passages(tokenizer: Any, prose: list[str], length: int, settings: Settings) -> list[list[int]]:
+def _passages(tokenizer: Any, prose: list[str], length: int, settings: QualitySettings) -> list[list[int]]:
     """Passages from anywhere in the prose that do not overlap."""
     found = all_passages(tokenizer, prose, length)
     if not found:
