@@ -34,6 +34,9 @@ KEYS_AT_ONCE = 2**17
 """The most keys that are gathered at once, of all bands together."""
 FP8 = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 
+Slice = tuple[slice, torch.Tensor, torch.Tensor | None]
+"""Some bands; where the keys of each of their K and V heads lie, in one line; and their part of the mask."""
+
 
 @dataclass
 class Bands:
@@ -55,8 +58,8 @@ class Bands:
     """`[bands]`, 0, 1, 2, ..."""
     slots: torch.Tensor = field(init=False)
     """`[bands, keys]`, where they lie in the KV cache."""
-    head_slots: torch.Tensor | None = None
-    """Of `slots_of_heads`."""
+    slices: list[Slice] = field(init=False)
+    """Of `slices_of`."""
     masks: list[torch.Tensor | None] = field(default_factory=list)
     """Of `mask`."""
 
@@ -89,13 +92,18 @@ class Bands:
         table = block_table.numpy()
         blocks = table[self.request, np.minimum(self.places // block_size, table.shape[1] - 1)]
         self.slots = torch.from_numpy(blocks * np.int64(block_size) + self.places % block_size)
-        self.head_slots = None
+        self.slices = []
 
-    def slots_of_heads(self, num_kv_heads: int) -> torch.Tensor:
-        """`[bands, num_kv_heads, keys]`, where each head's keys lie; made once for all layers of these blocks."""
-        if self.head_slots is None:
-            self.head_slots = self.slots[:, None] * num_kv_heads + torch.arange(num_kv_heads)[:, None]
-        return self.head_slots
+    def slices_of(self, num_kv_heads: int, groups: int) -> list[Slice]:
+        """The bands, as many at a time as are attended at once; made once for all layers of these blocks."""
+        if not self.slices:
+            bands, keys = self.places.shape
+            at_once, mask = max(1, KEYS_AT_ONCE // keys), self.mask(groups)
+            for start in range(0, bands, at_once):
+                some = slice(start, min(start + at_once, bands))
+                slots = self.slots[some, None] * num_kv_heads + torch.arange(num_kv_heads)[:, None]
+                self.slices.append((some, slots.flatten(), None if mask is None else mask[some]))
+        return self.slices
 
     def mask(self, groups: int) -> torch.Tensor | None:
         """`[bands, 1, width * groups or 1, keys]`, which token sees which, for each of `groups` heads of one K and V;
@@ -258,9 +266,9 @@ class WindowImpl(AttentionImpl[WindowMetadata]):
                 self._attend_single(asked, rows, single, made)
                 output[tokens] = made
         elif single is not None:
-            self._attend(layer, query, rows, single, output)
+            self._attend(layer, query, rows, single, output, attn_metadata.in_order)
         if wide is not None:
-            self._attend(layer, query, rows, wide, output)
+            self._attend(layer, query, rows, wide, output, False)
         return output
 
     def _attend_single(self, query: torch.Tensor, rows: torch.Tensor, bands: Bands, output: torch.Tensor) -> None:
@@ -272,30 +280,29 @@ class WindowImpl(AttentionImpl[WindowMetadata]):
             query, key, value, output, None, None, None, scores, bands.slots, bands.every, bands.count, *options
         )
 
-    def _attend(self, layer: Any, query: torch.Tensor, rows: torch.Tensor, bands: Bands, output: torch.Tensor) -> None:
-        """Bands of any width, in torch: a slice of them at a time."""
+    def _attend(
+        self, layer: Any, query: torch.Tensor, rows: torch.Tensor, bands: Bands, output: torch.Tensor, in_order: bool
+    ) -> None:
+        """Bands of any width, in torch: a slice of them at a time. `in_order` as in `WindowMetadata`."""
         keys, groups = bands.places.shape[1], self.num_heads // self.num_kv_heads
-        at_once, mask = max(1, KEYS_AT_ONCE // keys), bands.mask(groups)
-        slots = bands.slots_of_heads(self.num_kv_heads)
+        # The heads that share one of K and V are more of its tokens: [bands, num_kv_heads, width * groups, head_size].
+        shared = -1, self.num_kv_heads, bands.tokens.shape[1] * groups, self.head_size
         lines = rows.view(-1, 2 * self.head_size)
         if self.quantized is not None:
             lines = lines.view(torch.uint8)
-        for start in range(0, len(bands.tokens), at_once):
-            some = slice(start, start + at_once)
-            tokens = bands.tokens[some]
-            kept = lines.index_select(0, slots[some].flatten())
+        for some, slots, seen in bands.slices_of(self.num_kv_heads, groups):
+            kept = lines.index_select(0, slots)
             if self.quantized is not None:
                 kept = kept.view(self.quantized).to(query.dtype)
-            kept = kept.view(-1, self.num_kv_heads, keys, 2 * self.head_size)
-            key, value = kept.split(self.head_size, -1)
+            key, value = kept.view(-1, self.num_kv_heads, keys, 2 * self.head_size).chunk(2, -1)
             if self.quantized is not None:
                 key, value = key * layer._k_scale_float, value * layer._v_scale_float
-            # The heads that share one of K and V are more of its tokens.
-            asked = query[tokens].unflatten(
-                2, (self.num_kv_heads, groups)
-            )  # [bands, width, num_kv_heads, groups, size]
-            asked = asked.transpose(1, 2).flatten(2, 3)
-            made = self._attention(asked, key, value, None if mask is None else mask[some])
+            if in_order:
+                output[some].view(shared).copy_(self._attention(query[some].view(shared), key, value, seen))
+                continue
+            tokens = bands.tokens[some]
+            asked = query[tokens].unflatten(2, (self.num_kv_heads, groups)).transpose(1, 2).reshape(shared)
+            made = self._attention(asked, key, value, seen)
             output[tokens] = made.unflatten(2, (-1, groups)).transpose(1, 2).flatten(2, 3)
 
     def _attention(
