@@ -39,28 +39,12 @@ def histograms(server) -> dict[str, np.ndarray]:
     }
 
 
-def test_the_clients_figures_are_the_servers_own(server, tmp_path):
-    """Means within 5%. vLLM counts from when it has read a request to when its output is ready to be written.
-
-    So HTTP is in the client's times alone: a few milliseconds, of first tokens that take some hundred.
-    """
-    trace, records = tmp_path / "trace.jsonl", tmp_path / "records.jsonl"
-    lines = [
-        {"arrival": 0.5 + 1.5 * place, "prompt_tokens": 400 + 20 * place, "answer_tokens": 32} for place in range(10)
-    ]
-    trace.write_text("\n".join(map(json.dumps, lines)))
-    for _ in range(2):  # a server's first answer takes longer, in what it does before it counts
-        body = {"prompt": list(range(1000, 1400)), "max_tokens": 4, "stream": True}
-        server.post("/v1/completions", body).raise_for_status()
+def means(server, records, lines, trace):
+    """Mean times of a run by the client and by the server, after seeing that both count the same requests."""
     assert server.idle()
     before = histograms(server)
-    assert (
-        locust(
-            server.url,
-            ["--arrival=constant", "--workload=trace", f"--trace={trace}", f"--records={records}", "--users=1", *ANY],
-        )
-        == 0
-    )
+    asked = ["--arrival=constant", "--workload=trace", f"--trace={trace}", f"--records={records}", "--users=1", *ANY]
+    assert locust(server.url, asked) == 0
     assert server.idle()
     counted = {name: after - before[name] for name, after in histograms(server).items()}
     answers = read_answers([records])
@@ -77,11 +61,33 @@ def test_the_clients_figures_are_the_servers_own(server, tmp_path):
     assert 0 <= gaps < 0.03 * 310  # two tokens share a chunk where the server was late to write the first
     counts = {name: len(each) for name, each in clients.items() if name != "inter_token_latency"}
     assert {name: counted[name][1] for name in counts} == counts
-    servers = {name: total / count for name, (total, count) in counted.items()}
-    assert {name: np.mean(each) for name, each in clients.items()} == pytest.approx(servers, rel=WITHIN)
-    # Nothing that the server counts can be missing in what the client saw.
-    assert np.mean(clients["time_to_first_token"]) > servers["time_to_first_token"]
-    assert np.mean(clients["e2e_request_latency"]) > servers["e2e_request_latency"]
+    return {name: np.mean(each) for name, each in clients.items()}, {
+        name: total / count for name, (total, count) in counted.items()
+    }
+
+
+def test_the_clients_figures_are_the_servers_own(server, tmp_path):
+    """Means within 5%. vLLM counts from when it has read a request to when its output is ready to be written.
+
+    So HTTP is in the client's times alone: a few milliseconds, of first tokens that take some hundred; or more, where
+    this machine has other work, which is why a run that is off is made again.
+    """
+    trace = tmp_path / "trace.jsonl"
+    lines = [
+        {"arrival": 0.5 + 1.5 * place, "prompt_tokens": 400 + 20 * place, "answer_tokens": 32} for place in range(10)
+    ]
+    trace.write_text("\n".join(map(json.dumps, lines)))
+    for _ in range(2):  # a server's first answer takes longer, in what it does before it counts
+        body = {"prompt": list(range(1000, 1400)), "max_tokens": 4, "stream": True}
+        server.post("/v1/completions", body).raise_for_status()
+    for number in range(3):
+        clients, servers = means(server, tmp_path / f"records-{number}.jsonl", lines, trace)
+        # Nothing that the server counts can be missing in what the client saw.
+        assert clients["time_to_first_token"] > servers["time_to_first_token"]
+        assert clients["e2e_request_latency"] > servers["e2e_request_latency"]
+        if clients == pytest.approx(servers, rel=WITHIN):
+            return
+    assert clients == pytest.approx(servers, rel=WITHIN)
 
 
 def test_chat_is_asked_in_exact_lengths_by_the_servers_tokenize(server, tmp_path):

@@ -35,7 +35,7 @@ KEYS_AT_ONCE = 2**17
 FP8 = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 
 Slice = tuple[slice, torch.Tensor, torch.Tensor | None]
-"""Some bands; where the keys of each of their K and V heads lie, in one line; and their part of the mask."""
+"""Some bands; where their keys lie, one band's after another's; and their part of the mask."""
 
 
 @dataclass
@@ -94,15 +94,14 @@ class Bands:
         self.slots = torch.from_numpy(blocks * np.int64(block_size) + self.places % block_size)
         self.slices = []
 
-    def slices_of(self, num_kv_heads: int, groups: int) -> list[Slice]:
+    def slices_of(self, groups: int) -> list[Slice]:
         """The bands, as many at a time as are attended at once; made once for all layers of these blocks."""
         if not self.slices:
             bands, keys = self.places.shape
             at_once, mask = max(1, KEYS_AT_ONCE // keys), self.mask(groups)
             for start in range(0, bands, at_once):
                 some = slice(start, min(start + at_once, bands))
-                slots = self.slots[some, None] * num_kv_heads + torch.arange(num_kv_heads)[:, None]
-                self.slices.append((some, slots.flatten(), None if mask is None else mask[some]))
+                self.slices.append((some, self.slots[some].flatten(), None if mask is None else mask[some]))
         return self.slices
 
     def mask(self, groups: int) -> torch.Tensor | None:
@@ -287,14 +286,13 @@ class WindowImpl(AttentionImpl[WindowMetadata]):
         keys, groups = bands.places.shape[1], self.num_heads // self.num_kv_heads
         # The heads that share one of K and V are more of its tokens: [bands, num_kv_heads, width * groups, head_size].
         shared = -1, self.num_kv_heads, bands.tokens.shape[1] * groups, self.head_size
-        lines = rows.view(-1, 2 * self.head_size)
         if self.quantized is not None:
-            lines = lines.view(torch.uint8)
-        for some, slots, seen in bands.slices_of(self.num_kv_heads, groups):
-            kept = lines.index_select(0, slots)
+            rows = rows.view(torch.uint8)
+        for some, slots, seen in bands.slices_of(groups):
+            kept = rows.index_select(0, slots)
             if self.quantized is not None:
                 kept = kept.view(self.quantized).to(query.dtype)
-            key, value = kept.view(-1, self.num_kv_heads, keys, 2 * self.head_size).chunk(2, -1)
+            key, value = kept.view(-1, keys, self.num_kv_heads, 2 * self.head_size).transpose(1, 2).chunk(2, -1)
             if self.quantized is not None:
                 key, value = key * layer._k_scale_float, value * layer._v_scale_float
             if in_order:
