@@ -93,7 +93,9 @@ def quality(results: Results, workload: str) -> str:
     """The sentence beside it: what it costs in answers."""
     found = needles_of(results, workload)
     if found is None:
-        return "Quality was not asked for: --needles 0.1 asks."
+        asked = results.plan.load.needles
+        few = f"Too few answers came to needles on both sides: take more than --needles {asked:g}."
+        return few if asked else "Quality was not asked for: --needles 0.1 asks."
     value, low, high = found.difference
     parts = ", ".join(f"{side} finds {found.share(side):.2f} of {found.asked[side]} needles" for side in SIDES)
     word = "B forgets" if high < 0 else "B finds more" if low > 0 else "no difference can be seen"

@@ -15,6 +15,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving.errors import Reason, Refused
+from serving.grammars import check_grammar
 from serving.request import Body, path_of, too_large
 from serving.schemas import check_schemas
 from serving.settings import ServerSettings
@@ -54,6 +55,7 @@ class Limits:
         body = parse(content)
         check(body, self.settings)
         check_schemas(body)
+        check_grammar(body)
         limit = self.settings.max_prompt_tokens
         if limit is not None and path_of(scope) not in TOKENIZERS:
             await check_prompt(body, limit, partial(self.count, scope))

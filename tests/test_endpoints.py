@@ -133,6 +133,8 @@ def test_a_schema_without_end_is_refused_and_a_tree_is_answered(client):
 
     with pytest.raises(BadRequestError, match="refers to itself without end"):
         ask({"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"})
+    with pytest.raises(BadRequestError, match="the grammar refers to itself without end"):
+        client.chat.completions.create(**ASKED, extra_body={"structured_outputs": {"grammar": "root ::= root"}})
     child = {"anyOf": [{"type": "null"}, {"$ref": "#"}]}
     fields = {"name": {"enum": ["Paris"]}, "child": child}
     answer = ask({"type": "object", "properties": fields, "required": ["name", "child"]})
