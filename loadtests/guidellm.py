@@ -45,7 +45,7 @@ def read_guidellm(file: Path) -> list[Benchmark]:
         ]
     except OSError as error:
         raise ValueError(f"{file}: {error.strerror}; name GuideLLM's benchmarks.json") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file.name}: no benchmarks.json of GuideLLM 0.8 ({error!s:.80})") from error
     if not found:
         raise ValueError(

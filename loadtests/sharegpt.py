@@ -29,7 +29,7 @@ def read_dialogues(file: Path) -> tuple[Dialogue, ...]:
         rows = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"dataset {file}: {error.strerror}; name a file of ShareGPT's form") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"dataset {file.name}: no JSON ({error}); give a file of ShareGPT's form") from error
     try:
         found = [Dialogue(turns) for row in rows if (turns := _turns(row["conversations"]))]

@@ -82,7 +82,7 @@ def _read_csv(file: Path, lines: list[str]) -> list[Traced]:
 def _line(file: Path, number: int, line: str, read: Callable[[str], Any], wanted: str) -> Any:
     try:
         return read(line)
-    except (ValueError, TypeError, KeyError, AttributeError, StopIteration, OverflowError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, StopIteration, OverflowError, RecursionError) as error:
         raise ValueError(f"trace {file.name}, line {number}: {line[:60]!r} is not {wanted}") from error
 
 

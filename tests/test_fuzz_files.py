@@ -8,13 +8,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from transformers import AutoTokenizer
 
 from model_executors.attention_plan import CONFIG_KEY
 from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.embedded.model import fetch_heads
 from vllm_ext.errors import UsageError
-from vllm_ext.planner.report import read
+from vllm_ext.planner.report import read as read_front
+from vllm_ext.reports.journal import Journal
 from vllm_ext.served import Served
+from vllm_ext.tasks.files import read_task
 from vllm_ext.tasks.passages import read_texts
 
 SETTINGS = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -59,6 +62,11 @@ def planned():
     layers = ["full"] * 20 + [{"kind": "window", "window": 64, "sink": 4}] * 5 + [{"kind": "skip"}] * 5
     config[CONFIG_KEY]["attention_plan"] = layers
     return config
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smollm2):
+    return AutoTokenizer.from_pretrained(smollm2)
 
 
 def with_its_weights(folder):
@@ -119,9 +127,9 @@ def test_a_front(tmp_path, data):
         ],
     }
     (tmp_path / "front.json").write_text(json.dumps(front))
-    assert read(tmp_path / "front.json").plans
+    assert read_front(tmp_path / "front.json").plans
     (tmp_path / "front.json").write_text(json.dumps(spoilt(front, data)))
-    told(lambda: read(tmp_path / "front.json"))
+    told(lambda: read_front(tmp_path / "front.json"))
 
 
 @SETTINGS
@@ -131,3 +139,54 @@ def test_lines_of_text(tmp_path, lines):
     found = told(lambda: read_texts(tmp_path / "text.jsonl"))
     if found is not None:
         assert all(isinstance(text, str) for text in found)
+
+
+ROWS = st.sampled_from(
+    [
+        {"prompt": "Where?", "answer": " There"},
+        {"input": "Where?", "outputs": ["here", "there"], "length": 9},
+        {"input": "Where?", "context": "Here.", "answers": ["here"]},
+        {"context": "Here.", "question": "Where?", "answers": {"text": ["here"]}},
+        {"article": "Here it is.", "highlights": "here"},
+        {
+            "data": [
+                {"paragraphs": [{"context": "Here.", "qas": [{"question": "Where?", "answers": [{"text": "here"}]}]}]}
+            ]
+        },
+    ]
+)
+
+
+@SETTINGS
+@given(rows=st.lists(ROWS, min_size=1, max_size=3), data=st.data())
+def test_tasks(tokenizer, tmp_path, rows, data):
+    lines = [spoilt(row, data) if data.draw(st.booleans()) else row for row in rows]
+    (tmp_path / "task.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    task = told(lambda: read_task(tmp_path / "task.jsonl", tokenizer, 2))
+    if task is not None:
+        assert 1 <= len(task.items) <= 2
+        assert task.score == "summaries" or all(each.prompt and each.answer for each in task.items)
+
+
+@SETTINGS
+@given(lines=st.lists(JSON.map(json.dumps) | st.just('{"key": 1}') | st.text(max_size=9), max_size=3))
+def test_a_journal(tmp_path, lines):
+    file = tmp_path / "trials.jsonl"
+    file.write_text("".join(line + "\n" for line in [json.dumps({"of": 1}), *lines]), encoding="utf-8")
+    journal = told(lambda: Journal(file, {"of": 1}, ("key",)))
+    assert journal is None or len(journal.rows) <= len(lines)
+
+
+@pytest.mark.parametrize("read", ["config", "front", "text", "task"])
+def test_what_is_nested_without_end(tokenizer, tmp_path, read):
+    names = {"config": "config.json", "front": "front.json", "text": "text.jsonl", "task": "task.jsonl"}
+    file = tmp_path / names[read]
+    file.write_text("[" * 100_000)
+    calls = {
+        "config": lambda: Checkpoint.open(str(tmp_path), weights=False),
+        "front": lambda: read_front(file),
+        "text": lambda: read_texts(file),
+        "task": lambda: read_task(file, tokenizer, 2),
+    }
+    with pytest.raises(UsageError):
+        calls[read]()

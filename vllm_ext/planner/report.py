@@ -69,7 +69,7 @@ def read(file: Path) -> Front:
         lost = {task: {int(layer): nats for layer, nats in each.items()} for task, each in scanned["lost"].items()}
         heads = {int(layer): nats for layer, nats in scanned["heads"].items()}
         return Front(header, Scan(scanned["window"], lost, heads), plans)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(f"{file}: no front.json of vllm-ext search ({error}); give the one in its --out") from error
 
 

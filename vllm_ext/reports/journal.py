@@ -29,13 +29,16 @@ class Journal:
             return
         # A line that was being written when the run was stopped has no end.
         lines = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-        if not lines or json.loads(lines[0]) != self.header:
+        try:
+            found = [json.loads(line) for line in lines]
+            self.rows = {self._name({key: row[key] for key in keys}): row for row in found[1:]}
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UsageError(f"--out {out}: {file.name} is damaged ({error!r:.80}); remove it to begin anew") from error
+        if found[:1] != [self.header]:
             raise UsageError(
                 f"--out {out}: it holds results of other settings; choose another folder, or the same settings"
             )
         file.write_text("".join(lines), encoding="utf-8")
-        for row in map(json.loads, lines[1:]):
-            self.rows[self._name({key: row[key] for key in keys})] = row
 
     def get(self, **key: Any) -> dict[str, Any] | None:
         """The row that the key names, where there is one."""

@@ -40,6 +40,8 @@ def read_task(path: Path, tokenizer: Any, count: int, seed: int = 0) -> Task:
     if "text" in rows[0]:
         return passages(path.stem, tokenizer, [row["text"] for row in rows], count, chosen, source)
     items = tuple(_item(tokenizer, row["prompt"], row["answer"]) for row in rows[:count])
+    if not all(each.prompt and each.answer for each in items):
+        raise UsageError(f"--data {path}: a prompt or an answer in it is empty; mend it")
     length = max(len(each.prompt + each.answer) for each in items) if "length" in rows[0] else None
     return Task(path.stem, "answers", items, (), source, length)
 
@@ -61,7 +63,7 @@ def _squad(content: str) -> list[dict[str, str]]:
             for asked in paragraph["qas"]
             if asked["answers"]
         ]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return []
 
 
@@ -83,7 +85,7 @@ def _row(path: Path, number: int, line: str) -> dict[str, str]:
         row = json.loads(line)
         read = next(read for keys, read in forms.items() if row.keys() >= {*keys})
         return {name: str(value) for name, value in (read(row) | {k: row[k] for k in ("length",) if k in row}).items()}
-    except (ValueError, AttributeError, StopIteration, LookupError, TypeError) as error:
+    except (ValueError, AttributeError, StopIteration, LookupError, TypeError, RecursionError) as error:
         known = "; ".join(", ".join(keys) for keys in forms)
         raise UsageError(f"--data {path}: line {number} has none of the forms {known}; mend it") from error
 

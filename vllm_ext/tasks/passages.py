@@ -39,7 +39,7 @@ def _json_lines(file: Path, content: str) -> Iterator[str]:
     for number, line in enumerate(content.strip().split("\n"), 1):
         try:
             text = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UsageError(f'--text {file}: line {number} is no JSON object with "text"; mend it') from error
         yield str(text)
 
