@@ -19,6 +19,12 @@ from vllm_ext.process import free_port
 
 SHARED_MEMORY = Path("/dev/shm")
 SECONDS = 10
+for _number in (
+    signal.SIGHUP,
+    signal.SIGINT,
+):  # who started the tests may ignore them, and so would their programs
+    if signal.getsignal(_number) == signal.SIG_IGN:
+        signal.signal(_number, signal.SIG_DFL)
 PROGRAM = """
 import multiprocessing, os, signal, sys, time
 from multiprocessing import shared_memory
