@@ -3,7 +3,7 @@
 import pytest
 
 from serving.errors import Refused
-from serving.grammars import allows_any, check_grammar
+from serving.grammars import LONGEST, allows_any, check_grammar
 
 
 @pytest.mark.parametrize("grammar", ["root ::= root", 'root ::= root "a"', "root ::= a\na ::= b\nb ::= a"])
@@ -18,6 +18,10 @@ def test_refuses_what_allows_nothing(grammar):
 )
 def test_leaves_others_to_vllm(grammar):
     assert allows_any(grammar)
+
+
+def test_what_would_take_long_is_left_to_vllm():
+    assert allows_any("root ::= root\n" + "# more\n" * LONGEST)
 
 
 @pytest.mark.parametrize("body", [None, [], {}, {"structured_outputs": 3}, {"structured_outputs": {"grammar": 3}}])
