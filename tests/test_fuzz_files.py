@@ -177,6 +177,16 @@ def test_a_journal(tmp_path, lines):
     assert journal is None or len(journal.rows) <= len(lines)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b'{"of": 2}\n{"other": 1}\n', "of other settings"), (b"\xff\n", "damaged"), (b'{"of": 1}\n[]\n', "damaged")],
+)
+def test_a_journal_of_other_settings_is_not_called_damaged(tmp_path, content, message):
+    (tmp_path / "trials.jsonl").write_bytes(content)
+    with pytest.raises(UsageError, match=message):
+        Journal(tmp_path / "trials.jsonl", {"of": 1}, ("key",))
+
+
 @pytest.mark.parametrize("read", ["config", "front", "text", "task"])
 def test_what_is_nested_without_end(tokenizer, tmp_path, read):
     names = {"config": "config.json", "front": "front.json", "text": "text.jsonl", "task": "task.jsonl"}

@@ -28,13 +28,15 @@ class Journal:
             self._append(self.header)
             return
         # A line that was being written when the run was stopped has no end.
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
         try:
+            text = file.read_text(encoding="utf-8")
+            lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
             found = [json.loads(line) for line in lines]
-            self.rows = {self._name({key: row[key] for key in keys}): row for row in found[1:]}
+            ours = found[:1] == [self.header]
+            self.rows = {self._name({key: row[key] for key in keys}): row for row in found[1:] if ours}
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UsageError(f"--out {out}: {file.name} is damaged ({error!r:.80}); remove it to begin anew") from error
-        if found[:1] != [self.header]:
+        if not ours:
             raise UsageError(
                 f"--out {out}: it holds results of other settings; choose another folder, or the same settings"
             )
