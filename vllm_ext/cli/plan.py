@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -98,9 +98,14 @@ def search(
     from vllm_ext.planner.run import Planner
     from vllm_ext.planner.settings import SearchSettings
 
-    given = {"tasks": () if data and not task else task, "data": data, "lengths": length, "windows": window}
+    given: dict[str, Any] = {
+        "tasks": () if data and not task else task,
+        "data": data,
+        "lengths": length,
+        "windows": window,
+    }
     chosen = {name: tuple(values) for name, values in given.items() if values is not None}
-    settings = SearchSettings(**chosen, context=context, items=items, quick=quick, seed=seed)  # type: ignore[arg-type]
+    settings = SearchSettings(**chosen, context=context, items=items, quick=quick, seed=seed)
     out = out.expanduser()
     end_cleanly()
     front = Planner(Checkpoint.open(model, weights=True), settings, out).find()

@@ -35,7 +35,7 @@ JOURNAL = "trials.jsonl"
 CALIBRATION_TOKENS = 16_384
 CALIBRATION_LENGTH = 1_024
 MOST_JUDGED = 4
-"""Plans of windows, which take as long each as the search."""
+"""Plans of windows: judging one reads as much as many trials do."""
 QUICK_SLACK = 0.02
 """Nats a token that a plan of the scan alone may miss."""
 

@@ -69,8 +69,9 @@ class SearchSettings:
             if number <= 0:
                 raise UsageError(f"{option} {number:g}: choose more than 0")
         for length in self.lengths:
-            if length < 128:
-                raise UsageError(f"--length {length}: too short to hide anything in; take 128 tokens or more")
+            if length < retrieval.SHORTEST:
+                least = retrieval.SHORTEST
+                raise UsageError(f"--length {length}: too short to hide anything in; take {least} tokens or more")
 
     def made(self, tokenizer: Any, split: Split) -> list[Task]:
         """The tasks to search with, or to judge on; no item is in both.

@@ -17,7 +17,6 @@ SHOTS = 4
 # What stands between examples. In a row, the embedded model gets twice as many sums right as in lines.
 BETWEEN = {"capitals": "\n", "sums": ", "}
 MAX_TOKENS = {"capitals": 16, "sums": 8}
-SHORTEST_TASK = 128
 
 
 @dataclass(frozen=True)
@@ -53,9 +52,9 @@ class QualitySettings:
             if task not in retrieval.NAMES:
                 raise UsageError(f"--task {task}: there is none of that name; take {', '.join(retrieval.NAMES)}")
         for length in self.task_lengths:
-            if length < SHORTEST_TASK:
+            if length < retrieval.SHORTEST:
                 raise UsageError(
-                    f"--task-length {length}: too short to hide anything in; take {SHORTEST_TASK} tokens or more"
+                    f"--task-length {length}: too short to hide anything in; take {retrieval.SHORTEST} tokens or more"
                 )
         given = {"--length": self.lengths, "--task": self.tasks, "--task-length": self.task_lengths}
         for option, values in given.items():

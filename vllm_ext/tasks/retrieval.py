@@ -23,6 +23,8 @@ Name = Literal["needle", "needles", "values", "words", "uuids", "variables", "sh
 NAMES: tuple[Name, ...] = get_args(Name)
 LENGTHS = (512, 1_024, 2_048)
 """Tokens of a prompt and its answer."""
+SHORTEST = 128
+"""The fewest of them that anything can be hidden in."""
 KEYS = 4
 VALUES = 2
 SPARE = 8
