@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from model_executors.attention_plan import LayerPlan
+from model_executors.families import FAMILIES, own_window
 from tests.engines import answers, engine
 from tests.fitted import write_random
-from tests.tiny import NUM_LAYERS, prompts
+from tests.reference import Reference
+from tests.tiny import CONFIGS, NUM_LAYERS, prompts
 from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.offline import evaluator
 from vllm_ext.offline.evaluator import Evaluator
@@ -20,6 +23,8 @@ PLAN = {
     4: LayerPlan("freeze"),
     5: LayerPlan("skip", consolidation="linear"),
 }
+
+PLAN_OF_WINDOWS = {1: LayerPlan("window", 16)}
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +44,40 @@ def test_batches_change_nothing(model, monkeypatch):
     assert len(asked.batches) == 4
     alone = asked.manipulated(manipulation("shuffle", 2, NUM_LAYERS, 0))
     assert alone.nll == pytest.approx(whole.nll, abs=1e-4)
+
+
+@pytest.mark.parametrize("plan", [{}, PLAN, dict.fromkeys(range(NUM_LAYERS), LayerPlan("window", 16))], ids=len)
+@pytest.mark.parametrize("family", CONFIGS)
+def test_items_of_one_text_are_scored_as_each_alone(tiny_models, tmp_path, family, plan):
+    """With questions of one token and more than a window of them, and another text between."""
+    stock = tiny_models(family)
+    kinds = FAMILIES[f"{family}ForCausalLM"].kinds
+    model = OfflineModel(Checkpoint.open(str(stock), weights=True))
+    own = {layer for layer in range(NUM_LAYERS) if own_window(model.model.config, layer) is not None}
+    usable = {layer: each for layer, each in plan.items() if each.kind in kinds and layer not in own}
+    # Nothing may be full above a frozen layer, so a layer that may not be changed there leaves none.
+    plan = {layer: each for layer, each in usable.items() if each.kind != "freeze" or {3, 4, 5} <= set(usable)}
+    fitted = Reference(write_random(stock, tmp_path / "planned", plan), plan).fitted
+    text, other, *asked = prompts((60, 40, 1, 30, 17))
+    items = [Item((*text, *each), tuple(range(9, 12 + n))) for n, each in enumerate(asked)]
+    items.insert(1, Item(tuple(other), (7,)))
+    items = [*items[2:], items[1], items[0]]
+    together = Evaluator(model, Task("t", "tokens", tuple(items)))
+    assert sorted(batch.text for batch, _ in together.batches) == [0, len(text)]
+    found = together.plan(plan, fitted)
+    alone = [Evaluator(model, Task("t", "tokens", (each,))).plan(plan, fitted) for each in items]
+    assert found.nll == pytest.approx([each.nll[0] for each in alone], abs=1e-4)
+    assert found.scores == [each.scores[0] for each in alone]
+
+
+def test_many_items_of_one_text_are_asked_in_several_batches(model, monkeypatch):
+    text, *asked = prompts((60, 10, 10, 10))
+    items = tuple(Item((*text, *each), (9, 10)) for each in asked)
+    whole = Evaluator(model, Task("t", "answers", items)).plan(PLAN_OF_WINDOWS, {})
+    monkeypatch.setattr(evaluator, "FORKED_TOKENS", 25)
+    parted = Evaluator(model, Task("t", "answers", items))
+    assert [len(batch.sizes) for batch, _ in parted.batches] == [2, 1]
+    assert parted.plan(PLAN_OF_WINDOWS, {}).nll == pytest.approx(whole.nll, abs=1e-4)
 
 
 def test_states_let_go_of_are_made_again(model):
@@ -67,8 +106,6 @@ def test_what_a_served_plan_answers_is_right_under_the_same_plan(tiny_models, tm
         served = answers(llm, asked, 6, prompt_logprobs=False)
     items = tuple(Item(tuple(prompt), tuple(each.tokens)) for prompt, each in zip(asked, served, strict=True))
     model = OfflineModel(Checkpoint.open(str(stock), weights=True))
-    from safetensors.torch import load_file
-
     given = Evaluator(model, Task("served", "answers", items))
     planned = given.plan(PLAN, load_file(folder / "vllm_ext.safetensors"))
     assert planned.scores == [1.0] * len(asked)

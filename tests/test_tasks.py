@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 from vllm_ext.errors import UsageError
 from vllm_ext.tasks import retrieval
 from vllm_ext.tasks.files import read_task
-from vllm_ext.tasks.items import item
+from vllm_ext.tasks.items import Item, Task, item, of_one_text
 from vllm_ext.tasks.tasks import DOCUMENT_TOKENS, NAMES, PROSE_TOKENS, bundled
 
 
@@ -159,6 +159,33 @@ def test_what_is_asked_for_was_told_where_the_item_says(tokenizer, name):
         told = answer.strip().split(", ")
         places = [text.index(part) / len(text) for part in told]
         assert min(abs(place - each.depth) for place in places) < 0.05
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 8, 10])
+def test_several_keys_are_asked_for_in_one_text_each(tokenizer, count):
+    task = retrieval.retrieval("needles", tokenizer, 512, count)
+    groups = list(of_one_text(task.items))
+    assert [len(items) for items, _ in groups] == [4] * (count // 4) + [count % 4] * (count % 4 > 0)
+    assert sum(len(items) for items, _ in groups) == len(task.items) == count
+    for items, shared in groups:
+        assert len({each.prompt for each in items}) == len(items)
+        assert shared > 400 or len(items) == 1
+        assert len(items) < 4 or max(each.depth for each in items) - min(each.depth for each in items) > 0.3
+    if count == 8:
+        assert task.tokens < 0.4 * sum(len(each.prompt + each.answer) for each in task.items)
+
+
+def test_texts_are_told_apart():
+    a, b, c = (Item((*range(5, 15), *more), (1,)) for more in ((), (7,), (8, 9, 4)))
+    other = Item(tuple(range(30, 40)), (1,))
+    half = Item((*range(5, 10), *range(40, 45)), (1,))
+    assert list(of_one_text([])) == []
+    assert list(of_one_text([a])) == [([a], 0)]
+    assert list(of_one_text([b, c])) == [([b, c], 10)]
+    assert list(of_one_text([b, a, c])) == [([b, a, c], 9)]  # each prompt has a token of its own
+    assert list(of_one_text([a, other, c])) == [([a], 0), ([other], 0), ([c], 0)]
+    assert list(of_one_text([b, half])) == [([b], 0), ([half], 0)]
+    assert Task("t", "answers", (b, c, other)).tokens == 10 + 2 + 4 + 11
 
 
 @pytest.mark.parametrize("name", retrieval.NAMES)

@@ -1,6 +1,6 @@
 """Attention functions for transformers' attentions, and what takes an attention's place where a plan says so."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -9,6 +9,10 @@ from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 QUERIES_AT_ONCE = 128
+
+Forks = Sequence[tuple[int, int]]
+"""Where tokens begin and end, each of which go on after the tokens before the first of these, as if there were no
+others."""
 
 
 class Seen(Exception):  # noqa: N818 - no error
@@ -64,7 +68,7 @@ class Attend:
                 for frozen, own in zip(self.frozen_kv, (key, value), strict=True)
             )
         if self.window is not None:
-            seen = {"window": self.window, "sink": self.sink or 0}
+            seen = {"window": self.window, "sink": self.sink or 0, "forks": settings.get("forks", ())}
             return window_attention(query, key, value, scaling=scaling, softcap=softcap, **seen), None
         return stock_attention(module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, **settings)
 
@@ -96,6 +100,7 @@ def window_attention(
     sink: int,
     scaling: float,
     softcap: float | None = None,
+    forks: Forks = (),
 ) -> torch.Tensor:
     """Attention to the first `sink` tokens and the last `window`, the token itself included, each once.
 
@@ -104,6 +109,14 @@ def window_attention(
     functions do. `QUERIES_AT_ONCE` queries at a time see the sink and the keys near them, so that the work grows with
     the window.
     """
+    if forks:
+        text = forks[0][0]
+        behind = [(query[:, :, :text], key[:, :, :text], value[:, :, :text])]
+        for start, end in forks:
+            keys, values = (torch.cat([part[:, :, :text], part[:, :, start:end]], 2) for part in (key, value))
+            behind.append((query[:, :, start:end], keys, values))
+        seeing = {"window": window, "sink": sink, "scaling": scaling, "softcap": softcap}
+        return torch.cat([window_attention(*each, **seeing) for each in behind], 1)
     groups, earlier = query.shape[1] // key.shape[1], key.shape[2] - query.shape[2]
     outputs: list[torch.Tensor] = []
     start = earlier
@@ -141,9 +154,10 @@ def _masked(
 def attend_as_told(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
 ) -> Any:
-    """The attention function of the model that is fitted: a layer's own where it is given one."""
+    """The attention function of the model that is fitted: a layer's own where it is given one, over forks where it is
+    told of some."""
     own = getattr(module, "attend", stock_attention)
-    return own(module, query, key, value, *args, **kwargs)
+    return own(module, query, key, value, *args, **kwargs, forks=getattr(module, "forks", ()))
 
 
 def stock_attention(
@@ -153,13 +167,14 @@ def stock_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     softcap: float | None = None,
+    forks: Forks = (),
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The model's own. PyTorch's knows no soft cap."""
-    if softcap is None:
+    """The model's own. PyTorch's knows no soft cap, and no forks."""
+    if softcap is None and not forks:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    window = kwargs.get("sliding_window") or key.shape[2]
-    return window_attention(query, key, value, window=window, sink=0, scaling=kwargs["scaling"], softcap=softcap), None
+    seen = {"window": kwargs.get("sliding_window") or key.shape[2], "sink": 0, "forks": forks}
+    return window_attention(query, key, value, scaling=kwargs["scaling"], softcap=softcap, **seen), None
 
 
 def capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
@@ -168,10 +183,12 @@ def capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
 
 
 @contextmanager
-def attending(attention: Any, attend: Callable[..., Any]) -> Iterator[None]:
-    """Give an attention another attention function."""
-    attention.attend = attend
+def attending(attention: Any, **told: Any) -> Iterator[None]:
+    """Tell an attention of another function to `attend` with, or of the `forks` of what it attends to."""
+    for name, each in told.items():
+        setattr(attention, name, each)
     try:
         yield
     finally:
-        del attention.attend
+        for name in told:
+            delattr(attention, name)

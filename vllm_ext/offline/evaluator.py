@@ -1,19 +1,22 @@
 """A task's score under a change of the model: items in batches, their layers run from the lowest changed one on."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
 
 from vllm_ext.offline.batch import Batch
 from vllm_ext.offline.model import Activations, Fitted, OfflineModel, PlannedModel, Plans, generate
-from vllm_ext.tasks.items import Item, Task
+from vllm_ext.tasks.items import Item, Task, of_one_text
 from vllm_ext.tasks.tasks import SUMMARY_TOKENS
 from vllm_ext.tasks.texts import missing
 
 BATCH_TOKENS = 2_048
 """Of a batch, its padding included."""
+FORKED_TOKENS = 1_024
+"""That items of one text may have of their own in a batch."""
 
 
 @dataclass(frozen=True)
@@ -38,16 +41,21 @@ class Manipulation:
 
 
 class Evaluator:
-    """A task's items in batches of about one length, with what the unchanged model makes of each at every layer."""
+    """A task's items in batches of about one length, with what the unchanged model makes of each at every layer.
+
+    A text that several items in a row begin with is read once.
+    """
 
     def __init__(self, model: OfflineModel, task: Task, tokenizer: Any = None) -> None:
         """`tokenizer` reads what is written, for summaries."""
         self.model, self.task, self.tokenizer = model, task, tokenizer
-        self.order = sorted(range(len(task.items)), key=lambda number: _length(task.items[number]))
+        self.order: list[int] = []
         self.batches: list[tuple[Batch, Activations | None]] = []
-        for items in _batches([task.items[number] for number in self.order]):
-            batch = Batch.of(items, model.device)
-            entered = None if task.score == "summaries" else model.enter(batch.tokens)
+        for numbers, text in _batches(task):
+            items = [task.items[number] for number in numbers]
+            batch = Batch.of_text(items, text, model.device) if text else Batch.of(items, model.device)
+            entered = None if task.score == "summaries" else model.enter(batch.tokens, **batch.settings)
+            self.order += numbers
             self.batches.append((batch, entered))
 
     def forget(self, layer: int) -> None:
@@ -117,24 +125,32 @@ def score(model: OfflineModel, batch: Batch, left: torch.Tensor) -> Iterator[tup
         right.append(logits.argmax(-1) == wanted)
         lost.append(torch.nn.functional.cross_entropy(logits, wanted, reduction="none"))
         start += len(logits)
-    sizes = rows.sum(1).tolist()
-    yield from zip(torch.cat(right).cpu().split(sizes), torch.cat(lost).cpu().split(sizes), strict=True)
+    yield from zip(torch.cat(right).cpu().split(batch.sizes), torch.cat(lost).cpu().split(batch.sizes), strict=True)
 
 
 def _length(item: Item) -> int:
     return len(item.prompt) + len(item.answer)
 
 
-def _batches(items: Sequence[Item]) -> Iterator[list[Item]]:
-    """Neighbours together, of `BATCH_TOKENS` tokens or one item."""
-    batch: list[Item] = []
-    for each in items:
-        if batch and (len(batch) + 1) * max(map(_length, [*batch, each])) > BATCH_TOKENS:
-            yield batch
+def _batches(task: Task) -> Iterator[tuple[list[int], int]]:
+    """Numbers of items: those of one text, and its tokens; the others by length, of `BATCH_TOKENS` or one item, and 0."""
+    alone: list[int] = []
+    numbers = iter(range(len(task.items)))
+    for items, text in of_one_text(task.items):
+        group = list(islice(numbers, len(items)))
+        if not text or task.score == "summaries":
+            alone += group
+            continue
+        most = max(1, FORKED_TOKENS // max(_length(item) - text for item in items))
+        yield from ((group[start : start + most], text) for start in range(0, len(group), most))
+    batch: list[int] = []
+    for number in sorted(alone, key=lambda number: _length(task.items[number])):
+        if batch and (len(batch) + 1) * _length(task.items[number]) > BATCH_TOKENS:
+            yield batch, 0
             batch = []
-        batch.append(each)
+        batch.append(number)
     if batch:
-        yield batch
+        yield batch, 0
 
 
 def _rouge(ours: str, theirs: str) -> float:

@@ -26,7 +26,7 @@ from model_executors.attention_plan import FULL, LayerPlan, tensor_name, tensors
 from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.dtypes import slow_on_cpu
 from vllm_ext.errors import UsageError
-from vllm_ext.offline.attentions import Attend, Keep, Seen, Skipped, attend_as_told, attending
+from vllm_ext.offline.attentions import Attend, Forks, Keep, Seen, Skipped, attend_as_told, attending
 
 ATTENTION = "vllm_ext_offline"
 LOGITS_AT_ONCE = 256
@@ -57,12 +57,12 @@ class OfflineModel:
         return getattr(self.layers[number], self.family.attention)
 
     @torch.no_grad()
-    def enter(self, tokens: torch.Tensor, **settings: Any) -> "Activations":
+    def enter(self, tokens: torch.Tensor, forks: Forks = (), **settings: Any) -> "Activations":
         """What enters layer 0, and what the model gives each layer beside it; `settings` go to the decoder."""
         calls = [Call() for _ in self.layers]
         with self._in_place_of_layers(calls):
             self.decoder(tokens, **{"use_cache": False} | settings)
-        return Activations(calls[0].hidden_states, calls)
+        return Activations(calls[0].hidden_states, calls, forks)
 
     def logits(self, hidden_states: torch.Tensor) -> Iterator[torch.Tensor]:
         """`[rows, hidden_size]` that leave the last layer to float32 `[some rows, vocab_size]`, some rows at a time."""
@@ -88,8 +88,8 @@ class OfflineModel:
 class Activations:
     """A batch that has entered the model: the states that the unchanged model makes of it, where they are needed."""
 
-    def __init__(self, hidden_states: torch.Tensor, calls: Sequence["Call"]) -> None:
-        self.calls = calls
+    def __init__(self, hidden_states: torch.Tensor, calls: Sequence["Call"], forks: Forks = ()) -> None:
+        self.calls, self.forks = calls, forks
         self.states = {0: hidden_states}
 
     def state(self, model: OfflineModel, number: int) -> torch.Tensor:
@@ -132,6 +132,10 @@ class PlannedModel:
 
     def layer(self, number: int, hidden_states: torch.Tensor, entered: Activations) -> torch.Tensor:
         """`[batch, length, hidden_size]` through one layer."""
+        with attending(self.model.attention(number), forks=entered.forks):
+            return self._layer(number, hidden_states, entered)
+
+    def _layer(self, number: int, hidden_states: torch.Tensor, entered: Activations) -> torch.Tensor:
         plan = self.plans.get(number, FULL)
         layer, attention, call = self.model.layers[number], self.model.attention(number), entered.calls[number]
         device = hidden_states.device
@@ -146,12 +150,13 @@ class PlannedModel:
             if self.frozen is None:
                 self.frozen = hidden_states
             kept = Keep()
-            with attending(attention, kept), suppress(Seen):
+            with attending(attention, attend=kept), suppress(Seen):
                 call.through(layer, self.frozen, past_key_values=None)
             self.frozen_kv[number] = kept.key, kept.value
         if plan.kind == "full":
             return call.through(layer, hidden_states)
-        with attending(attention, Attend(self.frozen_kv.get(number), self.frozen_rows, plan.window, plan.sink)):
+        attend = Attend(self.frozen_kv.get(number), self.frozen_rows, plan.window, plan.sink)
+        with attending(attention, attend=attend):
             return call.through(layer, hidden_states)
 
 

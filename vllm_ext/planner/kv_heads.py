@@ -42,5 +42,6 @@ class WindowedHead:
             sink=self.sink,
             scaling=scaling,
             softcap=softcap,
+            forks=settings.get("forks", ()),
         )
         return torch.cat([attended[:, :, : rows.start], near, attended[:, :, rows.stop :]], 2), None

@@ -63,18 +63,22 @@ class Search:
         return best
 
     def windows_of(self, slack: float) -> list[Trial]:
-        """For each size of window, the most layers; and what fetches in the largest, where that saves more."""
+        """For each size of window, the most layers; and others in a larger one besides, where that saves more.
+
+        A larger one may take what a smaller slack has left of this one.
+        """
         found = []
         for size in self.windows:
-            one = self.most(slack, LayerPlan("window", size), self.scan.order, {})
-            if not one.changes:
-                continue
-            found.append(one)
-            rest = [layer for layer in self.scan.order if layer not in one.changes]
-            for larger in (each for each in self.windows if each > size):
-                both = self.most(slack, LayerPlan("window", larger), rest, one.changes)
-                if self.saved(both.changes) > self.saved(one.changes):
-                    found.append(both)
+            for part in (each for each in SLACKS if each <= slack):
+                one = self.most(part, LayerPlan("window", size), self.scan.order, {})
+                if not one.changes:
+                    continue
+                found.append(one)
+                rest = [layer for layer in self.scan.order if layer not in one.changes]
+                for larger in (each for each in self.windows if each > size):
+                    both = self.most(slack, LayerPlan("window", larger), rest, one.changes)
+                    if self.saved(both.changes) > self.saved(one.changes):
+                        found.append(both)
         return found
 
     def front(self) -> list[Trial]:

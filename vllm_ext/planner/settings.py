@@ -18,8 +18,8 @@ NEAR: dict[str, dict[Split, int]] = {
 """Items of tasks that look little farther back than a window."""
 SCANNED: tuple[retrieval.Name, ...] = ("needle", "needles")
 """What layers are scanned with, and searched with at every length; the other tasks that retrieve are judged on."""
-RETRIEVED: dict[Split, int] = {"search": 5, "judge": 40}
-"""Items of each of those, at each length."""
+RETRIEVED: dict[Split, int] = {"search": 4, "judge": 40}
+"""Items of each of those, at each length; where several ask of one text, twice as many to search with."""
 OTHERS = 16
 """Items of each other task that retrieves, at the shortest length."""
 OWN = 150
@@ -95,7 +95,9 @@ class SearchSettings:
         if name not in SCANNED:
             lengths, count = lengths[:1], min(OTHERS, count)
         elif self.quick:
-            lengths, count = lengths[:2][-1:], 3
+            lengths, count = lengths[:2][-1:], RETRIEVED["search"]
+        elif name == "needles" and split == "search":
+            count *= 2
         return [
             retrieval.retrieval(name, tokenizer, length, self._count(count), self.seed, split) for length in lengths
         ]

@@ -54,7 +54,7 @@ class Trials:
         if row is None:
             evaluator, attention = self._evaluators[task.name], self.model().attention(layer)
             evaluator.forget(layer)
-            with attending(attention, WindowedHead(window, SINK, head)):
+            with attending(attention, attend=WindowedHead(window, SINK, head)):
                 row = self._written(key, evaluator.manipulated(Manipulation(layer)), task.tokens)
         return _mean(row["nll"]) - _mean(self.scores(task, {}).nll)
 

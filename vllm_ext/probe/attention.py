@@ -45,7 +45,7 @@ def attention_stats(model: OfflineModel, number: int, batches: Sequence[Activati
         if (norm := _norm_after(layer, model.family.input_norm)) is not None:
             hooks.append(norm.register_forward_pre_hook(lambda *called, kept=after: kept.append(called[1][0])))
         try:
-            with attending(attention, watch):
+            with attending(attention, attend=watch):
                 entered.states[number + 1] = entered.calls[number].through(layer, states)
         finally:
             for hook in hooks:

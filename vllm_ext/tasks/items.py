@@ -1,6 +1,8 @@
 """What a model is asked: items of a prompt and its answer, and tasks of items that are scored alike."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from os.path import commonprefix
 from typing import Any, Literal, Self
 
 Score = Literal["answers", "tokens", "summaries"]
@@ -44,8 +46,29 @@ class Task:
 
     @property
     def tokens(self) -> int:
-        """All that a model reads and writes."""
-        return sum(len(item.prompt) + len(item.answer) for item in self.items)
+        """All that a model reads and writes, what several items in a row begin with once."""
+        return sum(
+            sum(len(item.prompt) + len(item.answer) for item in items) - shared * (len(items) - 1)
+            for items, shared in of_one_text(self.items)
+        )
+
+
+def of_one_text(items: Sequence[Item]) -> Iterator[tuple[list[Item], int]]:
+    """Items in a row whose prompts are the same for more than half, and how many tokens of theirs are: at least one
+    token of each prompt is its own. 0 where an item is alone."""
+    group: list[Item] = []
+    shared = 0
+    for each in items:
+        same = len(commonprefix([group[0].prompt[:-1], each.prompt[:-1]])) if group else 0
+        if 2 * same > len(each.prompt):
+            shared = min(shared or same, same)
+            group.append(each)
+            continue
+        if group:
+            yield group, shared
+        group, shared = [each], 0
+    if group:
+        yield group, shared
 
 
 def item(tokenizer: Any, prompt: str, answer: str, depth: float | None = None) -> Item:

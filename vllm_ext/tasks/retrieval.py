@@ -7,6 +7,7 @@ haystack is the prose of `texts`, the search's and the judge's out of different 
 Needles are the same sentences as RULER's, and its values are right where each of their tokens is the first choice.
 """
 
+import math
 import random
 import re
 import uuid
@@ -17,7 +18,7 @@ from itertools import pairwise
 from typing import Any, Literal, get_args
 
 from vllm_ext.tasks import texts
-from vllm_ext.tasks.items import Score, Split, Task, item
+from vllm_ext.tasks.items import Item, Score, Split, Task, item
 
 Name = Literal["needle", "needles", "values", "words", "uuids", "variables", "shots", "facts"]
 NAMES: tuple[Name, ...] = get_args(Name)
@@ -37,20 +38,29 @@ SCORES: dict[Name, Score] = {"values": "tokens", "variables": "tokens", "shots":
 
 
 @dataclass(frozen=True)
-class Puzzle:
-    """What is hidden in the text, where, and what is asked at its end."""
+class Question:
+    """What is asked at the end of a text."""
 
-    hidden: tuple[str, ...]
-    depths: tuple[float, ...]
-    """Where each is hidden: 0 at the start of the text, 1 at its end."""
     question: str
     answer: str
     asked: int = 0
     """Which of the hidden is asked for."""
 
 
+@dataclass(frozen=True)
+class Puzzle:
+    """What is hidden in the text, where, and what is asked at its end: one of the questions at a time."""
+
+    hidden: tuple[str, ...]
+    depths: tuple[float, ...]
+    """Where each is hidden: 0 at the start of the text, 1 at its end."""
+    questions: tuple[Question, ...]
+
+
 def retrieval(name: Name, tokenizer: Any, length: int, count: int, seed: int = 0, split: Split = "judge") -> Task:
     """`count` items of up to `length` tokens, what they ask for at depths all over the text.
+
+    Of several keys each is asked for, in items next to each other, so that their text need be read only once.
 
     Raises:
         UsageError: where a package with texts is missing.
@@ -58,22 +68,28 @@ def retrieval(name: Name, tokenizer: Any, length: int, count: int, seed: int = 0
     """
     chosen = random.Random(f"{name} {length} {seed} {split}")
     sentences = _sentences(split)
-    make: dict[Name, Callable[[random.Random, float], Puzzle]] = {
-        "needle": lambda chosen, depth: _needle(chosen, depth, 1, "number"),
-        "needles": lambda chosen, depth: _needle(chosen, depth, KEYS, "number"),
-        "words": lambda chosen, depth: _needle(chosen, depth, 1, "word"),
-        "uuids": lambda chosen, depth: _needle(chosen, depth, 1, "uuid"),
+    make: dict[Name, Callable[..., Puzzle]] = {
+        "needle": lambda chosen, depth: _needle(chosen, "number", depth),
+        "needles": lambda chosen, *depths: _needle(chosen, "number", *depths),
+        "words": lambda chosen, depth: _needle(chosen, "word", depth),
+        "uuids": lambda chosen, depth: _needle(chosen, "uuid", depth),
         "values": _values,
         "variables": _variables,
         "shots": _shots,
         "facts": _fact,
     }
-    items = []
-    for number in range(count):
-        puzzle = make[name](chosen, (number + chosen.random()) / count)
-        prompt = _prompt(tokenizer, puzzle, sentences, length, chosen)
-        depth = prompt.index(puzzle.hidden[puzzle.asked]) / len(prompt)
-        items.append(item(tokenizer, prompt, puzzle.answer, depth))
+    items: list[Item] = []
+    asked = KEYS if name == "needles" else 1
+    puzzles = math.ceil(count / asked)
+    for number in range(puzzles):
+        # Each of them in a part of the text of its own, so that few puzzles ask all over it too.
+        depths = [(part + (number + chosen.random()) / puzzles) / asked for part in chosen.sample(range(asked), asked)]
+        puzzle = make[name](chosen, *depths)
+        text = _text(tokenizer, puzzle, sentences, length, chosen)
+        for each in puzzle.questions[: count - len(items)]:
+            prompt = text + each.question
+            depth = prompt.index(puzzle.hidden[each.asked]) / len(prompt)
+            items.append(item(tokenizer, prompt, each.answer, depth))
     source = f"after RULER, in {texts.prose_source()}"
     return Task(
         f"{name} at {length}",
@@ -85,9 +101,10 @@ def retrieval(name: Name, tokenizer: Any, length: int, count: int, seed: int = 0
     )
 
 
-def _prompt(tokenizer: Any, puzzle: Puzzle, sentences: Sequence[str], length: int, chosen: random.Random) -> str:
-    """Up to `length` tokens with the answer."""
-    room = length - _tokens(tokenizer, " ".join([*puzzle.hidden, puzzle.question + puzzle.answer])) - SPARE
+def _text(tokenizer: Any, puzzle: Puzzle, sentences: Sequence[str], length: int, chosen: random.Random) -> str:
+    """Up to `length` tokens with any of the questions and its answer."""
+    asking = max((each.question + each.answer for each in puzzle.questions), key=lambda each: _tokens(tokenizer, each))
+    room = length - _tokens(tokenizer, " ".join([*puzzle.hidden, asking])) - SPARE
     start = chosen.randrange(len(sentences))
     text: list[str] = []
     while room > 0:
@@ -99,18 +116,24 @@ def _prompt(tokenizer: Any, puzzle: Puzzle, sentences: Sequence[str], length: in
     positions = [round(depth * len(text)) for depth in puzzle.depths]
     for position, each in sorted(zip(positions, puzzle.hidden, strict=True), reverse=True):
         text.insert(position, each)
-    return " ".join(text) + puzzle.question
+    return " ".join(text)
 
 
-def _needle(chosen: random.Random, depth: float, keys: int, kind: Literal["number", "word", "uuid"]) -> Puzzle:
-    names = chosen.sample(_words(), keys)
-    told = [(name, VALUE[kind](chosen)) for name in names]
+def _needle(chosen: random.Random, kind: Literal["number", "word", "uuid"], *depths: float) -> Puzzle:
+    """A key with its value at each of the depths, and all of them asked for."""
+    told = [(name, VALUE[kind](chosen)) for name in chosen.sample(_words(), len(depths))]
     return Puzzle(
         tuple(f"One of the special magic {kind}s for {name} is: {each}." for name, each in told),
-        (depth, *(chosen.random() for _ in told[1:])),
-        f"\nWhat is the special magic {kind} for {names[0]} mentioned in the provided text? "
-        f"The special magic {kind} for {names[0]} mentioned in the provided text is:",
-        f" {told[0][1]}",
+        depths,
+        tuple(
+            Question(
+                f"\nWhat is the special magic {kind} for {name} mentioned in the provided text? "
+                f"The special magic {kind} for {name} mentioned in the provided text is:",
+                f" {each}",
+                number,
+            )
+            for number, (name, each) in enumerate(told)
+        ),
     )
 
 
@@ -122,10 +145,14 @@ def _values(chosen: random.Random, depth: float) -> Puzzle:
     return Puzzle(
         tuple(f"One of the special magic numbers for {name} is: {each}." for each in told),
         tuple(depths),
-        f"\nWhat are all the special magic numbers for {name} mentioned in the provided text? "
-        f"The special magic numbers for {name} mentioned in the provided text are:",
-        " " + ", ".join(told),
-        depths.index(depth),
+        (
+            Question(
+                f"\nWhat are all the special magic numbers for {name} mentioned in the provided text? "
+                f"The special magic numbers for {name} mentioned in the provided text are:",
+                " " + ", ".join(told),
+                depths.index(depth),
+            ),
+        ),
     )
 
 
@@ -139,11 +166,15 @@ def _variables(chosen: random.Random, depth: float) -> Puzzle:
     return Puzzle(
         tuple(told),
         tuple(depths),
-        f"\nQuestion: Find all variables that are assigned the value {value} in the text above. Answer: "
-        f"According to the chain(s) of variable assignment in the text above, {HOPS + 1} variables are assigned the "
-        f"value {value}, they are:",
-        " " + ", ".join(names),
-        depths.index(depth),
+        (
+            Question(
+                f"\nQuestion: Find all variables that are assigned the value {value} in the text above. Answer: "
+                f"According to the chain(s) of variable assignment in the text above, {HOPS + 1} variables are "
+                f"assigned the value {value}, they are:",
+                " " + ", ".join(names),
+                depths.index(depth),
+            ),
+        ),
     )
 
 
@@ -152,7 +183,8 @@ def _shots(chosen: random.Random, depth: float) -> Puzzle:
     known = chosen.sample(list(texts.capitals().items()), SHOTS + 1)
     lines = [f"{texts.capital_question(country)} It is {city}." for country, city in known]
     question, answer = lines[-1].split(" It is ")
-    return Puzzle(("\n" + "\n".join(lines[:-1]) + "\n",), (depth,), f"\n{question}", f" It is {answer}")
+    shown = "\n" + "\n".join(lines[:-1]) + "\n"
+    return Puzzle((shown,), (depth,), (Question(f"\n{question}", f" It is {answer}"),))
 
 
 def _fact(chosen: random.Random, depth: float) -> Puzzle:
@@ -161,8 +193,7 @@ def _fact(chosen: random.Random, depth: float) -> Puzzle:
     return Puzzle(
         (f"{name} keeps a shop in {town}.",),
         (depth,),
-        f"\nQuestion: In which city does {name} keep a shop?\nAnswer: {name} keeps a shop in",
-        f" {town}",
+        (Question(f"\nQuestion: In which city does {name} keep a shop?\nAnswer: {name} keeps a shop in", f" {town}"),),
     )
 
 
