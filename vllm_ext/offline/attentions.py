@@ -1,6 +1,6 @@
 """Attention functions for transformers' attentions, and what takes an attention's place where a plan says so."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -154,8 +154,9 @@ def _masked(
 def attend_as_told(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
 ) -> Any:
-    """The attention function of the model that is fitted: a layer's own where it is given one, over forks where it is
-    told of some."""
+    """The attention function of the model that is fitted: a layer's own where it is told of one, over the forks it is
+    told of.
+    """
     own = getattr(module, "attend", stock_attention)
     return own(module, query, key, value, *args, **kwargs, forks=getattr(module, "forks", ()))
 

@@ -12,8 +12,10 @@ from vllm_ext.tasks.items import Item
 
 @dataclass(frozen=True)
 class Batch:
-    """Items one below the other, padded on the right, where no row of theirs looks; or one text with what several items
-    go on with behind it, each as if it followed the text alone."""
+    """Items one below the other, padded on the right, where no row of theirs looks.
+
+    Or one text with what several items go on with behind it in the same row, each as if it followed the text alone.
+    """
 
     tokens: torch.Tensor
     """`[batch, length]`"""

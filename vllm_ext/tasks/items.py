@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from os.path import commonprefix
 from typing import Any, Literal, Self
 
 Score = Literal["answers", "tokens", "summaries"]
@@ -54,12 +53,14 @@ class Task:
 
 
 def of_one_text(items: Sequence[Item]) -> Iterator[tuple[list[Item], int]]:
-    """Items in a row whose prompts are the same for more than half, and how many tokens of theirs are: at least one
-    token of each prompt is its own. 0 where an item is alone."""
+    """Items in a row whose prompts are the same for more than half, and how many tokens of theirs are; 0 of one alone.
+
+    At least one token of each prompt is its own.
+    """
     group: list[Item] = []
     shared = 0
     for each in items:
-        same = len(commonprefix([group[0].prompt[:-1], each.prompt[:-1]])) if group else 0
+        same = _same(group[0].prompt[:-1], each.prompt[:-1]) if group else 0
         if 2 * same > len(each.prompt):
             shared = min(shared or same, same)
             group.append(each)
@@ -73,6 +74,12 @@ def of_one_text(items: Sequence[Item]) -> Iterator[tuple[list[Item], int]]:
 
 def item(tokenizer: Any, prompt: str, answer: str, depth: float | None = None) -> Item:
     """In tokens as they are of both together, divided where those of the prompt alone end."""
-    alone, both = tokenizer(prompt).input_ids, tokenizer(prompt + answer).input_ids
-    same = next((n for n, (a, b) in enumerate(zip(alone, both, strict=False)) if a != b), min(len(alone), len(both)))
+    both = tokenizer(prompt + answer).input_ids
+    same = _same(tokenizer(prompt).input_ids, both)
     return Item(tuple(both[:same]), tuple(both[same:]), depth)
+
+
+def _same(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    unlike = (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(unlike, min(len(one), len(other)))
