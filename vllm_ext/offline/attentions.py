@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -68,7 +69,11 @@ class Attend:
                 for frozen, own in zip(self.frozen_kv, (key, value), strict=True)
             )
         if self.window is not None:
-            seen = {"window": self.window, "sink": self.sink or 0, "forks": settings.get("forks", ())}
+            seen: dict[str, Any] = {
+                "window": self.window,
+                "sink": self.sink or 0,
+                "forks": settings.get("forks", ()),
+            }
             return window_attention(query, key, value, scaling=scaling, softcap=softcap, **seen), None
         return stock_attention(module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, **settings)
 
@@ -111,12 +116,12 @@ def window_attention(
     """
     if forks:
         text = forks[0][0]
-        behind = [(query[:, :, :text], key[:, :, :text], value[:, :, :text])]
+        seeing = partial(window_attention, window=window, sink=sink, scaling=scaling, softcap=softcap)
+        parts = [seeing(query[:, :, :text], key[:, :, :text], value[:, :, :text])]
         for start, end in forks:
             keys, values = (torch.cat([part[:, :, :text], part[:, :, start:end]], 2) for part in (key, value))
-            behind.append((query[:, :, start:end], keys, values))
-        seeing = {"window": window, "sink": sink, "scaling": scaling, "softcap": softcap}
-        return torch.cat([window_attention(*each, **seeing) for each in behind], 1)
+            parts.append(seeing(query[:, :, start:end], keys, values))
+        return torch.cat(parts, 1)
     groups, earlier = query.shape[1] // key.shape[1], key.shape[2] - query.shape[2]
     outputs: list[torch.Tensor] = []
     start = earlier
@@ -158,7 +163,7 @@ def attend_as_told(
     told of.
     """
     own = getattr(module, "attend", stock_attention)
-    return own(module, query, key, value, *args, **kwargs, forks=getattr(module, "forks", ()))
+    return own(module, query, key, value, *args, **kwargs | {"forks": getattr(module, "forks", ())})
 
 
 def stock_attention(
@@ -174,7 +179,7 @@ def stock_attention(
     """The model's own. PyTorch's knows no soft cap, and no forks."""
     if softcap is None and not forks:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    seen = {"window": kwargs.get("sliding_window") or key.shape[2], "sink": 0, "forks": forks}
+    seen: dict[str, Any] = {"window": kwargs.get("sliding_window") or key.shape[2], "sink": 0, "forks": forks}
     return window_attention(query, key, value, scaling=kwargs["scaling"], softcap=softcap, **seen), None
 
 

@@ -47,7 +47,7 @@ class Batch:
         starts = ends - torch.tensor([len(each) for each in own])
         tokens = torch.tensor([[*items[0].prompt[:text], *(token for each in own for token in each)]])
         prompts = starts + torch.tensor([len(item.prompt) - text for item in items])
-        return cls(*(each.to(device) for each in (tokens, starts, prompts, ends)), text)
+        return cls(tokens.to(device), starts.to(device), prompts.to(device), ends.to(device), text)
 
     @property
     def settings(self) -> dict[str, Any]:

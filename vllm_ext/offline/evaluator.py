@@ -133,7 +133,7 @@ def _length(item: Item) -> int:
 
 
 def _batches(task: Task) -> Iterator[tuple[list[int], int]]:
-    """Numbers of items: those of one text, with its tokens; the others by length, `BATCH_TOKENS` or one item, with 0."""
+    """Numbers of items: those of one text, with its tokens; others by length, `BATCH_TOKENS` or one item, with 0."""
     alone: list[int] = []
     numbers = iter(range(len(task.items)))
     for items, text in of_one_text(task.items):
