@@ -83,7 +83,13 @@ def test_many_items_of_one_text_are_asked_in_several_batches(model, monkeypatch)
 def test_states_let_go_of_are_made_again(model):
     asked = Evaluator(model, task())
     before = asked.manipulated(manipulation("skip", 3, NUM_LAYERS, 0))
-    asked.forget(NUM_LAYERS)
+    asked.forget(5)
+    held = [set(states.states) for _, states in asked.batches]
+    assert held == [{0, 3}] * len(held)  # what layer 5's is made of
+    asked.manipulated(manipulation("skip", 5, NUM_LAYERS, 0))
+    asked.forget(5)
+    held = [set(states.states) for _, states in asked.batches]
+    assert held == [{0, 5}] * len(held)
     assert asked.manipulated(manipulation("skip", 3, NUM_LAYERS, 0)) == before
 
 

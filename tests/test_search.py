@@ -6,6 +6,7 @@ import torch
 from model_executors.attention_plan import KINDS, LayerPlan
 from tests.tiny import NUM_LAYERS, prompts
 from vllm_ext.checkpoint import Checkpoint
+from vllm_ext.errors import UsageError
 from vllm_ext.offline.attentions import stock_attention, window_attention
 from vllm_ext.offline.fit import fit_passages
 from vllm_ext.offline.model import OfflineModel, PlannedModel, generate, load
@@ -105,6 +106,9 @@ def test_no_trial_is_made_twice(tiny_models, tmp_path):
     first = made.scores(made.tasks[0], {0: WINDOW})
     assert made.scores(made.tasks[0], {0: WINDOW}) == first
     assert told == ["one"]
+    with pytest.raises(UsageError, match="another run writes there"):
+        Journal(made.journal.file, {}, KEYS)
+    made.journal.writing.close()
     again = Trials(made.model, made.tasks, "search", Journal(made.journal.file, {}, KEYS), 6, made.fitted, made.tell)
     assert again.scores(made.tasks[0], {0: WINDOW}) == first
     assert told == ["one"]

@@ -102,8 +102,9 @@ class Activations:
         return hidden_states
 
     def forget(self, number: int) -> None:
-        """Let go of the states between the first and that one; they would be computed again."""
-        self.states = {layer: state for layer, state in self.states.items() if layer == 0 or layer >= number}
+        """Let go of the states between the first and the last that leads to that one; they would be computed again."""
+        start = max(known for known in self.states if known <= number)
+        self.states = {layer: state for layer, state in self.states.items() if layer == 0 or layer >= start}
 
 
 class PlannedModel:

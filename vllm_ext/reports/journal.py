@@ -1,5 +1,6 @@
 """Results in a file, each written as soon as it is found, so that a run that was stopped goes on where it was."""
 
+import fcntl
 import json
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,23 @@ class Journal:
         """Begin a file in a folder, or go on in it; `keys` are the columns that name a row.
 
         Raises:
-            UsageError: where the folder holds other results, or anything else.
+            UsageError: where the folder holds other results, or anything else, or another run writes there.
 
         """
         self.file, self.keys = file, keys
         self.header: dict[str, Any] = json.loads(json.dumps(header))
         self.rows: dict[str, dict[str, Any]] = {}
         out = file.parent
-        if not file.exists():
-            if out.exists() and (not out.is_dir() or any(out.iterdir())):
-                raise UsageError(f"--out {out}: it holds something else; choose another folder")
-            out.mkdir(parents=True, exist_ok=True)
+        begins = not file.exists()
+        if begins and out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UsageError(f"--out {out}: it holds something else; choose another folder")
+        out.mkdir(parents=True, exist_ok=True)
+        self.writing = file.open("ab", buffering=0)
+        try:
+            fcntl.flock(self.writing, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"--out {out}: another run writes there; wait for it, or choose another folder") from None
+        if begins:
             self._append(self.header)
             return
         # A line that was being written when the run was stopped has no end.
@@ -55,5 +62,4 @@ class Journal:
         return json.dumps([key[name] for name in self.keys])
 
     def _append(self, row: dict[str, Any]) -> None:
-        with self.file.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        self.writing.write(f"{json.dumps(row)}\n".encode())
