@@ -73,6 +73,17 @@ def test_the_search_leaves_it_alone_and_lets_the_others_go(found):
     assert best.kept > 0.98
 
 
+def test_windows_only_are_found_where_nothing_else_is_wanted(copying, data, found, tmp_path):
+    out = tmp_path / "w"
+    result = CliRunner().invoke(app, ["search", str(copying), "--out", str(out), *options(data, "--windows-only")])
+    assert result.exit_code == 0, result.output
+    plans, with_tops = (report.read(each / "front.json").plans for each in (out, found))
+    assert plans
+    assert [plan.changes for plan in plans] == [
+        plan.changes for plan in with_tops if all(each.kind == "window" for each in plan.changes.values())
+    ]
+
+
 def test_only_what_lies_above_it_is_frozen_or_skipped(found):
     plans = report.read(found / "front.json").plans
     tops = [layer for plan in plans for layer, each in plan.changes.items() if each.kind in ("freeze", "skip")]

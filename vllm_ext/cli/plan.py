@@ -82,10 +82,13 @@ def search(
         typer.Option(help="Tokens of texts to retrieve from; may be given several times; by default 512, 1024, 2048."),
     ] = None,
     window: Annotated[
-        list[int] | None, typer.Option(help="Sizes of windows to try; by default 128, 256, 512 and 1024.")
+        list[int] | None, typer.Option(help="Sizes of windows to try, two or three of them; by default 256 and 1024.")
     ] = None,
     context: Annotated[int, typer.Option(help="The tokens of requests to save for.")] = 4096,
     items: Annotated[float, typer.Option(help="How many items, as a part of the usual number.")] = 1.0,
+    windows_only: Annotated[
+        bool, typer.Option("--windows-only", help="Freeze and skip no layers: what every GPU and family serves.")
+    ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="The scan alone, and one plan from it.")] = False,
     seed: Annotated[int, typer.Option(help="For which items those are.")] = 0,
 ) -> None:
@@ -105,7 +108,8 @@ def search(
         "windows": window,
     }
     chosen = {name: tuple(values) for name, values in given.items() if values is not None}
-    settings = SearchSettings(**chosen, context=context, items=items, quick=quick, seed=seed)
+    more = {"context": context, "items": items, "windows_only": windows_only, "quick": quick, "seed": seed}
+    settings = SearchSettings(**chosen, **more)
     out = out.expanduser()
     end_cleanly()
     front = Planner(Checkpoint.open(model, weights=True), settings, out).find()

@@ -115,7 +115,7 @@ class Planner:
         self._stage("search", None)
         search = self._search(scanned)
         windows = spread(sorted(search.front(), key=lambda each: -self._saved(each.changes)))
-        tops = [top for each in windows[:1] for top in search.tops(each)]
+        tops = [] if self.settings.windows_only else [top for each in windows[:1] for top in search.tops(each)]
         return [*windows, *tops]
 
     def _search(self, scanned: Scan) -> Search:

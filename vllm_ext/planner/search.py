@@ -12,7 +12,7 @@ from model_executors.attention_plan import FULL, AttentionPlan, Kind, LayerPlan
 from vllm_ext.planner.scan import Scan
 from vllm_ext.planner.trials import Changes, Trials
 
-SLACKS = (0.02, 0.05, 0.1)
+SLACKS = (0.02, 0.05)
 """Nats a token that plans may miss: the search finds the most that can be saved for each."""
 SLACK = 0.02
 """Nats that a frozen or skipped top may miss beyond the windows below it."""

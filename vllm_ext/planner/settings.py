@@ -24,7 +24,9 @@ OTHERS = 16
 """Items of each other task that retrieves, at the shortest length."""
 OWN = 150
 """Items of a task of the user's own: a third to search with, the rest to judge on."""
-WINDOWS = (128, 256, 512, 1_024)
+WINDOWS = (256, 1_024)
+"""A small one for layers that fetch nothing, and a large one for those that fetch a little: each more makes a search
+much longer."""
 SINKS = (4, 16)
 
 
@@ -49,6 +51,8 @@ class SearchSettings:
     items: float = 1.0
     """How many items, as a part of the usual number."""
     seed: int = 0
+    windows_only: bool = False
+    """No layer frozen or skipped."""
     quick: bool = False
     """The scan alone, at the longest length but one: a plan of one window size, and no other tasks."""
 
