@@ -37,6 +37,19 @@ def test_accuracy_beside_a_stock_model():
     assert 0.38 < figure.interval[0] < 0.5 < figure.interval[1] < 0.62
 
 
+def test_items_of_one_text_are_resampled_together():
+    """As if each text were one item, whatever the number of its items."""
+    ours, stock = [1, 0, 0, 1] * 5, [1, 1, 0, 1] * 5
+    alone = accuracy(ours, stock, seed=0)
+    repeated = accuracy(
+        [each for each in ours for _ in range(4)], [each for each in stock for _ in range(4)], 0, [4] * 20
+    )
+    assert (repeated.ratio, repeated.interval) == (alone.ratio, alone.interval)
+    assert repeated.items == 80
+    uneven = accuracy([1, 1, 0, 0], [1, 1, 1, 1], 0, [3, 1])
+    assert (uneven.ratio, uneven.interval) == (0.5, (0.0, 2 / 3))
+
+
 def test_there_is_no_ratio_to_nothing_right():
     assert accuracy([1, 0], [0, 0], seed=0) == Figure(0.5, 2)
     # Some resamples have nothing right: then there is no interval.

@@ -108,7 +108,13 @@ def search(
         "windows": window,
     }
     chosen = {name: tuple(values) for name, values in given.items() if values is not None}
-    more = {"context": context, "items": items, "windows_only": windows_only, "quick": quick, "seed": seed}
+    more: dict[str, Any] = {
+        "context": context,
+        "items": items,
+        "windows_only": windows_only,
+        "quick": quick,
+        "seed": seed,
+    }
     settings = SearchSettings(**chosen, **more)
     out = out.expanduser()
     end_cleanly()

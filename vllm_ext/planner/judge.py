@@ -98,7 +98,7 @@ def judge(
     if not any(any(scores) for scores in before.values()):
         raise UsageError(f"the model gets nothing right of {', '.join(before)}; give it other tasks")
     after = {task.name: trials.scores(task, changes).scores for task in trials.tasks}
-    figures = {name: accuracy(scores, before[name], seed) for name, scores in after.items()}
+    figures = {task.name: accuracy(after[task.name], before[task.name], seed, task.texts) for task in trials.tasks}
     before_all = sum(sum(scores) / len(scores) for scores in before.values())
     depths = {
         task.name: {

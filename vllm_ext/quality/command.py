@@ -144,7 +144,9 @@ def measure(
         for name, each in replies.items()
     }
     return {
-        name: figures_of(each, replies[STOCK], scores[name], scores[STOCK], settings.seed, name == STOCK)
+        name: figures_of(
+            each, replies[STOCK], scores[name], scores[STOCK], work.retrieved, settings.seed, name == STOCK
+        )
         for name, each in replies.items()
     }
 

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from vllm_ext.quality.work import SHOTS, Replies, Work
 from vllm_ext.reports.figures import Figure, Scored, accuracy, agreement, perplexity
+from vllm_ext.tasks.items import Task
 
 STOCK = "stock"
 
@@ -38,10 +39,11 @@ def figures_of(
     stock: Replies,
     scores: dict[str, list[float]],
     stock_scores: dict[str, list[float]],
+    tasks: Sequence[Task],
     seed: int,
     is_stock: bool,
 ) -> Figures:
-    """One model's figures, beside those of the stock model unless it is that."""
+    """One model's figures, beside those of the stock model unless it is that; `tasks` are those that retrieve."""
 
     def perplexities(scored: dict[int, list[Scored]], theirs: dict[int, list[Scored]]) -> dict[int, Figure]:
         return {
@@ -54,7 +56,8 @@ def figures_of(
 
     return Figures(
         retrieved={
-            task: accuracy(scores[task], None if is_stock else stock_scores[task], seed) for task in ours.retrieved
+            task.name: accuracy(scores[task.name], None if is_stock else stock_scores[task.name], seed, task.texts)
+            for task in tasks
         },
         perplexity=perplexities(ours.prompts, stock.prompts),
         agreement=agreements(ours.prompts, stock.prompts),

@@ -4,7 +4,7 @@ import math
 import re
 import unicodedata
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,13 +51,18 @@ def agreement(passages: list[Scored], stock: list[Scored], seed: int) -> Figure:
     return Figure(float(same.mean()), len(same), None, _interval((same,), lambda each, axis: each.mean(axis), seed))
 
 
-def accuracy(right: list[float], stock: list[float] | None, seed: int) -> Figure:
-    """How many answers are right, and the ratio to the stock model's on the same questions; none if that had none."""
+def accuracy(right: list[float], stock: list[float] | None, seed: int, texts: Sequence[int] = ()) -> Figure:
+    """How many answers are right, and the ratio to the stock model's on the same questions; none if that had none.
+
+    Items that ask of one text share its luck: `texts` says how many in a row do, and these are resampled together.
+    """
     ours = np.array(right)
     if stock is None or not any(stock):
         return Figure(float(ours.mean()), len(ours))
     theirs = np.array(stock)
-    interval = _interval((ours, theirs), lambda a, b, axis: a.mean(axis) / b.mean(axis), seed)
+    starts = np.cumsum([0, *texts[:-1]]) if texts else np.arange(len(ours))
+    of_texts = np.add.reduceat(ours, starts), np.add.reduceat(theirs, starts)
+    interval = _interval(of_texts, lambda a, b, axis: a.mean(axis) / b.mean(axis), seed)
     return Figure(float(ours.mean()), len(ours), float(ours.mean() / theirs.mean()), interval)
 
 

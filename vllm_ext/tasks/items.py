@@ -44,6 +44,11 @@ class Task:
         return {"score": self.score, "items": len(self.items), "source": self.source, "length": self.length}
 
     @property
+    def texts(self) -> list[int]:
+        """How many items in a row ask of one text."""
+        return [len(items) for items, _ in of_one_text(self.items)]
+
+    @property
     def tokens(self) -> int:
         """All that a model reads and writes, what several items in a row begin with once."""
         return sum(
