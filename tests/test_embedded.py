@@ -12,6 +12,7 @@ from vllm_ext.cli.main import app
 from vllm_ext.embedded import model as embedded
 from vllm_ext.errors import UsageError
 from vllm_ext.planner import report
+from vllm_ext.planner.judge import Goal
 
 
 def test_is_an_ordinary_checkpoint_with_its_licence_and_source(smollm2):
@@ -73,9 +74,9 @@ def test_the_planned_one_has_windows_but_where_something_is_fetched(planned):
     """It needs nothing that is fitted: its weights are the stock model's."""
     checkpoint = Checkpoint.open(str(planned), weights=True)
     checkpoint.check_weights()
-    fetching = {7, 8, 10, 14, 17, 18, 20, 21, 22, 23}
+    fetching = {7, 8, 18, 20, 23}
     assert checkpoint.plan.layers == tuple(
-        FULL if layer in fetching else LayerPlan("window", 256, sink=4) for layer in range(30)
+        FULL if layer in fetching else LayerPlan("window", 1024, sink=4) for layer in range(30)
     )
     assert list(checkpoint.tensors) == ["model.safetensors"]
 
@@ -85,9 +86,9 @@ def test_the_planned_one_says_what_it_was_judged_by(planned):
     front = report.read(embedded.PLANNED / "front.json")
     checkpoint = Checkpoint.open(str(planned), weights=True)
     (taken,) = [each for each in front.plans if checkpoint.plan == checkpoint.plan.of(30, each.changes)]
-    needles = [figure.ratio for name, figure in taken.tasks.items() if name.startswith("needle")]
-    assert len(needles) == 6
-    assert min(needles) >= 0.95
+    assert Goal(0.02).choose(front.plans) == taken
+    assert len([name for name in taken.tasks if name.startswith("needle")]) == 6
+    assert min(figure.ratio for figure in taken.tasks.values()) >= 0.99
     judged = checkpoint.config["vllm_ext"]["judged"]
     assert judged["lengths"] == [512, 1024, 2048]
     assert judged["kv_saved"] == pytest.approx(taken.kv_saved, abs=1e-4)

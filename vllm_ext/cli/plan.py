@@ -107,7 +107,7 @@ def search(
         "lengths": length,
         "windows": window,
     }
-    chosen = {name: tuple(values) for name, values in given.items() if values is not None}
+    chosen: dict[str, Any] = {name: tuple(values) for name, values in given.items() if values is not None}
     more: dict[str, Any] = {
         "context": context,
         "items": items,
