@@ -86,7 +86,7 @@ class Planner:
         self.search, self.judge = (self._trials(tasks[split], split) for split in ("search", "judge"))
 
     def find(self) -> Front:
-        """Scan, search and judge, or only scan; says on stderr how far it is."""
+        """Scan, search and judge, or only scan, and leave the folder to others; says on stderr how far it is."""
         front = Front(self.journal.header)
         with progress() as self.bars:
             front.scan = self._scan()
@@ -95,6 +95,7 @@ class Planner:
             for each in found:
                 saved, work = self._saved(each.changes), 1 - self._flops(each.changes) / self._flops({})
                 front.plans.append(judge(self.judge, each.changes, self.settings.seed, saved, work, each.missed))
+        self.journal.writing.close()
         return front
 
     def _scan(self) -> Scan:
