@@ -19,10 +19,8 @@ from vllm_ext.process import free_port
 
 SHARED_MEMORY = Path("/dev/shm")
 SECONDS = 10
-for _number in (
-    signal.SIGHUP,
-    signal.SIGINT,
-):  # who started the tests may ignore them, and so would their programs
+# Who started the tests may ignore these, and so would their programs.
+for _number in (signal.SIGHUP, signal.SIGINT):
     if signal.getsignal(_number) == signal.SIG_IGN:
         signal.signal(_number, signal.SIG_DFL)
 PROGRAM = """

@@ -86,9 +86,7 @@ def search(
     ] = None,
     context: Annotated[int, typer.Option(help="The tokens of requests to save for.")] = 4096,
     items: Annotated[float, typer.Option(help="How many items, as a part of the usual number.")] = 1.0,
-    windows_only: Annotated[
-        bool, typer.Option("--windows-only", help="Freeze and skip no layers: what every GPU and family serves.")
-    ] = False,
+    windows_only: Annotated[bool, typer.Option("--windows-only", help="Freeze and skip no layers.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="The scan alone, and one plan from it.")] = False,
     seed: Annotated[int, typer.Option(help="For which items those are.")] = 0,
 ) -> None:
@@ -101,21 +99,9 @@ def search(
     from vllm_ext.planner.run import Planner
     from vllm_ext.planner.settings import SearchSettings
 
-    given: dict[str, Any] = {
-        "tasks": () if data and not task else task,
-        "data": data,
-        "lengths": length,
-        "windows": window,
-    }
+    given = {"tasks": () if data and not task else task, "data": data, "lengths": length, "windows": window}
     chosen: dict[str, Any] = {name: tuple(values) for name, values in given.items() if values is not None}
-    more: dict[str, Any] = {
-        "context": context,
-        "items": items,
-        "windows_only": windows_only,
-        "quick": quick,
-        "seed": seed,
-    }
-    settings = SearchSettings(**chosen, **more)
+    settings = SearchSettings(**chosen, context=context, items=items, windows_only=windows_only, quick=quick, seed=seed)
     out = out.expanduser()
     end_cleanly()
     front = Planner(Checkpoint.open(model, weights=True), settings, out).find()

@@ -58,6 +58,7 @@ class Attend:
         attention_mask: torch.Tensor | None,
         scaling: float,
         softcap: float | None = None,
+        forks: Forks = (),
         **settings: Any,
     ) -> tuple[torch.Tensor, None]:
         """As transformers' attention functions; with a window the mask is the causal one, since no row is padded."""
@@ -69,13 +70,10 @@ class Attend:
                 for frozen, own in zip(self.frozen_kv, (key, value), strict=True)
             )
         if self.window is not None:
-            seen: dict[str, Any] = {
-                "window": self.window,
-                "sink": self.sink or 0,
-                "forks": settings.get("forks", ()),
-            }
+            seen: dict[str, Any] = {"window": self.window, "sink": self.sink or 0, "forks": forks}
             return window_attention(query, key, value, scaling=scaling, softcap=softcap, **seen), None
-        return stock_attention(module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, **settings)
+        told = {"scaling": scaling, "softcap": softcap, "forks": forks}
+        return stock_attention(module, query, key, value, attention_mask, **settings | told)
 
 
 class Skipped(nn.Module):

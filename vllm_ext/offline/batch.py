@@ -43,8 +43,9 @@ class Batch:
     def of_text(cls, items: Sequence[Item], text: int, device: torch.device) -> Self:
         """Of items whose prompts have the first `text` tokens in common, and more of their own each."""
         own = [item.prompt[text:] + item.answer for item in items]
-        ends = torch.tensor([text + sum(map(len, own[: number + 1])) for number in range(len(own))])
-        starts = ends - torch.tensor([len(each) for each in own])
+        sizes = torch.tensor([len(each) for each in own])
+        ends = text + sizes.cumsum(0)
+        starts = ends - sizes
         tokens = torch.tensor([[*items[0].prompt[:text], *(token for each in own for token in each)]])
         prompts = starts + torch.tensor([len(item.prompt) - text for item in items])
         return cls(tokens.to(device), starts.to(device), prompts.to(device), ends.to(device), text)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vllm_ext.offline.attentions import stock_attention, window_attention
+from vllm_ext.offline.attentions import Forks, stock_attention, window_attention
 
 
 class WindowedHead:
@@ -26,11 +26,12 @@ class WindowedHead:
         attention_mask: torch.Tensor | None,
         scaling: float,
         softcap: float | None = None,
+        forks: Forks = (),
         **settings: Any,
     ) -> tuple[torch.Tensor, None]:
         """As transformers' attention functions: `[batch, queries, num_heads, head_size]`."""
         attended, _ = stock_attention(
-            module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, **settings
+            module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, forks=forks, **settings
         )
         groups = query.shape[1] // key.shape[1]
         rows, head = slice(self.head * groups, (self.head + 1) * groups), slice(self.head, self.head + 1)
@@ -42,6 +43,6 @@ class WindowedHead:
             sink=self.sink,
             scaling=scaling,
             softcap=softcap,
-            forks=settings.get("forks", ()),
+            forks=forks,
         )
         return torch.cat([attended[:, :, : rows.start], near, attended[:, :, rows.stop :]], 2), None
