@@ -16,8 +16,9 @@ from vllm_ext.layers import changes_of
 from vllm_ext.offline.model import read_tokenizer
 from vllm_ext.planner import report, run
 from vllm_ext.planner.judge import Goal, judge
-from vllm_ext.planner.run import JOURNAL, Planner
+from vllm_ext.planner.run import JOURNAL, Planner, looked_beyond
 from vllm_ext.planner.settings import SearchSettings
+from vllm_ext.tasks.items import Item, Task
 
 LENGTH = 60
 
@@ -138,6 +139,13 @@ def test_the_scan_alone_keeps_what_it_found(copying, data, tmp_path):
     assert plan.kept > 0.98
 
 
+def test_no_window_is_tried_that_no_item_would_miss():
+    items = tuple(Item((1,) * length, (1,)) for length in (10, 299))
+    assert looked_beyond((1024, 150, 151, 64), [Task("own", "answers", items)]) == [64, 150]
+    retrieving = Task("needles at 256", "answers", items, length=256)
+    assert looked_beyond((150, 128), [Task("own", "answers", items), retrieving]) == [128]
+
+
 def test_the_report_shows_what_was_found(found):
     page = (found / "report.html").read_text()
     assert page.count("data:image/png;base64,") == len(list(found.glob("*.png"))) == 4
@@ -169,6 +177,7 @@ def test_refuses_a_front_of_another_model(tiny_models, found, tmp_path):
         (["search", "--task", "chess"], "--task chess: there is none of that name"),
         (["search", "--length", "20"], "--length 20: too short to hide anything in"),
         (["search", "--window", "0"], "--window 0: choose more than 0"),
+        (["search", "--length", "256", "--window", "129"], "--window 129: no item has 258 tokens, to miss what it"),
         (["search", "--items", "0"], "--items 0: choose more than 0"),
         (["search", "--data", "nowhere.jsonl"], "--data nowhere.jsonl: cannot be read"),
         (["search", "--length", "1024"], "--length 1024: the model takes 512 tokens; lower it"),

@@ -15,7 +15,7 @@ import torch
 KV_HEADS, GROUPS, SIZE, SCALE = 2, 2, 32, 0.3
 # Of each request of a step, how many tokens are computed already, and how many are new.
 DECODE = ((0, 1), (5, 1), (15, 1), (19, 1), (20, 1), (100, 1))
-MIXED = ((0, 1), (100, 1), (0, 100), (50, 5), (3, 70), (31, 33), (200, 1), (63, 1))
+MIXED = ((0, 1), (100, 1), (0, 100), (50, 5), (3, 70), (31, 33), (200, 1), (63, 1), (0, 20), (5, 16), (0, 94), (0, 95))
 SPECULATED = ((60, 5), (16, 4), (200, 8))
 
 
@@ -72,7 +72,7 @@ def spec(window, sink, block, dtype):
 @pytest.mark.parametrize("requests", [DECODE, MIXED, SPECULATED], ids=["decode", "mixed", "speculated"])
 @pytest.mark.parametrize(("window", "sink"), [(1, 1), (5, 5), (16, 4), (20, 16), (90, 4)])
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "bfloat16 in torch", "fp8", "fp8_e5m2"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "bfloat16 packed", "fp8", "fp8_e5m2"])
 def test_on_a_cpu(requests, window, sink, softcap, kind):
     from model_executors.layers.window_cpu import WindowImpl, WindowMetadataBuilder
 
@@ -81,7 +81,6 @@ def test_on_a_cpu(requests, window, sink, softcap, kind):
     layer = SimpleNamespace(_k_scale_float=0.5, _v_scale_float=2.0)
     shape = KV_HEADS * GROUPS, SIZE, SCALE, KV_HEADS
     impl = WindowImpl(*shape, None, window, held, softcap)
-    impl.has_kernel &= kind == "bfloat16"  # without AVX-512 there is none
     cache = torch.zeros(200, KV_HEADS, 32, 2 * SIZE, dtype=dtype if held == "auto" else torch.uint8)
 
     def write(key, value, slots):
@@ -93,6 +92,7 @@ def test_on_a_cpu(requests, window, sink, softcap, kind):
 
     common, query, expected = step(requests, window, sink, 32, dtype, write, softcap)
     builder = WindowMetadataBuilder(spec(window, sink, 32, dtype), [], None, torch.device("cpu"))
+    builder.has_kernel &= kind == "bfloat16"  # without AVX-512 there is none
     metadata = builder.build(0, common)
     output = torch.full_like(query, torch.nan)
     impl.forward(layer, query, None, None, cache, metadata, output)
@@ -103,7 +103,8 @@ def test_on_a_cpu(requests, window, sink, softcap, kind):
     updated = builder.update_block_table(metadata, other, None)
     common.block_table_tensor = other
     again = builder.build(0, common)
-    for ours, theirs in ((updated.single, again.single), (updated.wide, again.wide)):
+    for name in ("singles", "pieces"):
+        ours, theirs = getattr(updated, name), getattr(again, name)
         assert (ours is None) is (theirs is None)
         assert ours is None or ours.slots.equal(theirs.slots)
 

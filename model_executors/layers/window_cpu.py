@@ -1,19 +1,24 @@
 """Window layers' attention on a CPU: to the first `sink` tokens and the last `window`, each once.
 
-vLLM's CPU kernel knows no such mask and packs its KV cache in a way of its own. So a window layer's blocks are laid out
-plainly here, a row a token. A step's queries are put in *bands* of consecutive tokens of one request; a band sees the
-sink and the tokens from the first one's window on, by the rows where they lie. A band of one token sees all it is given
-and takes the kernel that vLLM has for such lists, where it has one; others take torch's attention, with a mask.
+vLLM's CPU kernel knows windows, and no sink. But attention does not ask in which order its keys come, which were
+rotated before. So a step's tokens are cut in *pieces* of at most `window` consecutive tokens of one request, and the
+keys of a piece are packed anew for the kernel: what its first token's window has before it, then the sink, then the
+piece's own. A window of `window + sink` that slides over these sees, for each token of the piece, its window and the
+sink.
+
+Blocks are laid out plainly here, a row a token. A token that is alone in its request's step sees all it is given, and
+takes the kernel that vLLM has for such lists of rows, where it has one: nothing is packed for it.
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 from vllm import _custom_ops as ops
+from vllm import envs
 from vllm.config import VllmConfig
 from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import (
@@ -22,125 +27,150 @@ from vllm.v1.attention.backend import (
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
 )
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, _get_attn_isa
 
 from model_executors.hooks.kv_cache import SinkWindowSpec
 
-SHORT = 8
-"""The most tokens of a request that are bands of one each: those of a request that generates, speculated ones too."""
-NARROWEST = 64
-"""Tokens of a longer request's bands, or a quarter of the window where that is more."""
-KEYS_AT_ONCE = 2**17
-"""The most keys that are gathered at once, of all bands together."""
+PACKED = 32
+"""Tokens of a block that keys are packed in: the fewest that the fastest of vLLM's kernels take."""
 FP8 = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 
-Slice = tuple[slice, torch.Tensor, torch.Tensor | None]
-"""Some bands; where their keys lie, one band's after another's; and their part of the mask."""
+Kernel = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @dataclass
-class Bands:
-    """Bands of one width."""
+class Singles:
+    """Tokens that are alone in their request's step."""
 
     tokens: torch.Tensor
-    """`[bands, width]`, which of the step's queries they are; what is missing in a request's last band repeats."""
+    """`[tokens]`, which of the step's they are."""
     request: np.ndarray
-    """`[bands, 1]`"""
+    """`[tokens, 1]`"""
     places: np.ndarray
-    """`[bands, keys]`, where what they see is in their request: the sink, and what follows from the first one's window
-    on.
-    """
-    seen: torch.Tensor | None
-    """`[bands, width, keys]`, which token sees which; a band of one token sees the first `count` keys."""
+    """`[tokens, keys]`, where what they see is in their request: the sink, and what follows from the window on."""
     count: torch.Tensor
-    """`[bands]`"""
+    """`[tokens]`, how many of the keys each sees, the first ones."""
     every: torch.Tensor
-    """`[bands]`, 0, 1, 2, ..."""
+    """`[tokens]`, 0, 1, 2, ..."""
     slots: torch.Tensor = field(init=False)
-    """`[bands, keys]`, where they lie in the KV cache."""
-    slices: list[Slice] = field(init=False)
-    """Of `slices_of`."""
-    masks: list[torch.Tensor | None] = field(default_factory=list)
-    """Of `mask`."""
+    """`[tokens, keys]`, where they lie in the KV cache."""
 
     @classmethod
-    def of(
-        cls,
-        request: np.ndarray,
-        tokens: np.ndarray,
-        positions: np.ndarray,
-        window: int,
-        sink: int,
-    ) -> Self:
-        """Bands of the step's `tokens`, which are at `positions` in their `request`: `[bands]`, twice `[bands, width]`.
-
-        What follows the sink are the tokens from the first one's window on; none are twice in it.
-        """
-        width = tokens.shape[1]
-        number = np.arange(min(sink + window - 1 + width, int(positions.max()) + 1))
-        behind = np.maximum(positions[:, :1] + (1 - sink - window), 0)
+    def of(cls, request: np.ndarray, tokens: np.ndarray, positions: np.ndarray, window: int, sink: int) -> Self:
+        """The step's `tokens`, which are at `positions` in their `request`: all `[tokens]`."""
+        number = np.arange(min(sink + window, int(positions.max()) + 1))
+        behind = np.maximum(positions[:, None] + (1 - sink - window), 0)
         places = number + (number >= sink) * behind
-        seen = None
-        if width > 1:
-            place, token = places[:, None], positions[:, :, None]
-            seen = torch.from_numpy((place <= token) & ((place < sink) | (place > token - window)))
-        count = torch.from_numpy(np.minimum(positions[:, 0] + 1, sink + window))
-        return cls(torch.from_numpy(tokens), request[:, None], places, seen, count, torch.arange(len(tokens)))
-
-    def find(self, block_table: torch.Tensor, block_size: int) -> None:
-        """Set `slots` by the blocks of the step's requests, `[requests, blocks]`."""
-        table = block_table.numpy()
-        blocks = table[self.request, np.minimum(self.places // block_size, table.shape[1] - 1)]
-        self.slots = torch.from_numpy(blocks * np.int64(block_size) + self.places % block_size)
-        self.slices = []
-
-    def slices_of(self, groups: int) -> list[Slice]:
-        """The bands, as many at a time as are attended at once; made once for all layers of these blocks."""
-        if not self.slices:
-            bands, keys = self.places.shape
-            at_once, mask = max(1, KEYS_AT_ONCE // keys), self.mask(groups)
-            for start in range(0, bands, at_once):
-                some = slice(start, min(start + at_once, bands))
-                self.slices.append((some, self.slots[some].flatten(), None if mask is None else mask[some]))
-        return self.slices
-
-    def mask(self, groups: int) -> torch.Tensor | None:
-        """`[bands, 1, width * groups or 1, keys]`, which token sees which, for each of `groups` heads of one K and V;
-        None where each sees all. It is made once for all layers that have the bands.
-        """
-        if not self.masks:
-            if self.seen is not None:
-                self.masks.append(self.seen.repeat_interleave(groups, 1).unsqueeze(1))
-            else:
-                keys = self.places.shape[1]
-                fewer = int(self.count.min()) < keys
-                self.masks.append((torch.arange(keys) < self.count[:, None])[:, None, None] if fewer else None)
-        return self.masks[0]
+        count = torch.from_numpy(np.minimum(positions + 1, sink + window))
+        return cls(torch.from_numpy(tokens), request[:, None], places, count, torch.arange(len(tokens)))
 
 
-def cut(first: np.ndarray, end: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Bands of `width` tokens of requests whose tokens are `first` to `end` in a step: their request `[bands]`, and
-    their tokens `[bands, width]`.
-    """
-    bands = -(-(end - first) // width)
-    request = np.repeat(np.arange(len(bands)), bands)
-    number = np.arange(len(request)) - np.repeat(np.cumsum(bands) - bands, bands)
-    tokens = (first[request] + number * width)[:, None] + np.arange(width)
-    return request, np.minimum(tokens, end[request][:, None] - 1)
+@dataclass(frozen=True)
+class Piece:
+    """Tokens `first` to `end` of a request."""
+
+    request: int
+    first: int
+    end: int
+
+    def keys(self, window: int, sink: int) -> np.ndarray:
+        """Where in the request they are; all before it, where nothing has left the window yet."""
+        if self.first < window + sink:
+            return np.arange(self.end)
+        before, own = np.arange(self.first - window + 1, self.first), np.arange(self.first, self.end)
+        return np.concatenate((before, np.arange(sink), own))
+
+
+@dataclass
+class Pieces:
+    """Pieces of a step's requests, one after another."""
+
+    tokens: torch.Tensor
+    """`[tokens]`, which of the step's they are."""
+    bounds: torch.Tensor
+    """`[pieces + 1]`, where in `tokens` each begins and ends."""
+    lengths: torch.Tensor
+    """`[pieces]`, how many keys each has."""
+    request: np.ndarray
+    """`[keys]`"""
+    places: np.ndarray
+    """`[keys]`, where they are in their request."""
+    packed: torch.Tensor
+    """`[keys]`, where they are packed, by slots."""
+    blocks: torch.Tensor
+    """`[pieces, blocks]`, where they are packed, by blocks."""
+    window: int
+    """That slides over them."""
+    slots: torch.Tensor = field(init=False)
+    """`[keys]`, where they lie in the KV cache."""
+    kernels: dict[tuple[Any, ...], Kernel] = field(default_factory=dict)
+    """Of `kernel`."""
+
+    @classmethod
+    def of(cls, pieces: Sequence[Piece], offset: np.ndarray, window: int, sink: int) -> Self:
+        """`offset` is how much more a token's position in its request is than that in the step."""
+        keys = [piece.keys(window, sink) for piece in pieces]
+        lengths = np.array([len(each) for each in keys])
+        blocks = -(-lengths // PACKED)
+        first = np.cumsum(blocks) - blocks
+        return cls(
+            torch.from_numpy(
+                np.concatenate([np.arange(each.first, each.end) - offset[each.request] for each in pieces])
+            ),
+            torch.from_numpy(np.cumsum([0, *(each.end - each.first for each in pieces)], dtype=np.int32)),
+            torch.from_numpy(lengths.astype(np.int32)),
+            np.repeat([each.request for each in pieces], lengths),
+            np.concatenate(keys),
+            torch.from_numpy(
+                np.concatenate([np.arange(length) + PACKED * at for length, at in zip(lengths, first, strict=True)])
+            ),
+            torch.from_numpy(np.minimum(first[:, None] + np.arange(blocks.max()), blocks.sum() - 1).astype(np.int32)),
+            window + sink,
+        )
+
+    def kernel(self, isa: str, num_heads: int, num_kv_heads: int, head_size: int, dtype: torch.dtype) -> Kernel:
+        """Room for keys and for values, and how vLLM's kernel divides the work; made once for all layers."""
+        asked = isa, num_heads, num_kv_heads, head_size, dtype
+        if asked not in self.kernels:
+            room = torch.zeros(int(self.blocks.max()) + 1, num_kv_heads, 2 * PACKED, head_size, dtype=dtype)
+            work = ops.cpu_attn_get_scheduler_metadata(
+                num_reqs=len(self.lengths),
+                num_heads=num_heads,
+                num_kv_heads=num_kv_heads,
+                head_dim=head_size,
+                seq_lens=self.lengths,
+                dtype=dtype,
+                query_start_loc=self.bounds,
+                causal=True,
+                sliding_window_size=self.window,
+                isa=isa,
+                enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
+            )
+            keys, values = room.chunk(2, 2)
+            self.kernels[asked] = keys, values, work
+        return self.kernels[asked]
+
+
+def cut(request: int, first: int, end: int, window: int, sink: int) -> list[Piece]:
+    """A request's tokens, by their positions; what nothing has left the window of yet is one piece."""
+    pieces = []
+    while first < end:
+        stop = min(end, first + window if first >= window + sink else window + sink)
+        pieces.append(Piece(request, first, stop))
+        first = stop
+    return pieces
 
 
 @dataclass
 class WindowMetadata(AttentionMetadata):
-    """A step's queries, in bands of one token and in wider ones."""
+    """A step's tokens."""
 
-    single: Bands | None
-    wide: Bands | None
-    in_order: bool
-    """Whether the bands of one token are all of the step's tokens, in their order."""
+    singles: Singles | None
+    pieces: Pieces | None
 
 
 class WindowMetadataBuilder(AttentionMetadataBuilder[WindowMetadata]):
-    """Makes a step's bands once for all layers of the same window and sink."""
+    """Cuts a step once for all layers of the same window and sink."""
 
     supports_update_block_table: bool = True
     kv_cache_spec: SinkWindowSpec
@@ -149,48 +179,51 @@ class WindowMetadataBuilder(AttentionMetadataBuilder[WindowMetadata]):
         self, kv_cache_spec: SinkWindowSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.width = max(NARROWEST, kv_cache_spec.sliding_window // 4)
+        # vLLM builds its kernel for tokens that are alone for AVX-512 only, and not for float32.
+        self.has_kernel = kv_cache_spec.dtype == torch.bfloat16 and hasattr(torch.ops._C, "decode_attention_cpu")
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> WindowMetadata:
-        """Cut the step in bands."""
-        common, spec = common_attn_metadata, self.kv_cache_spec
+        """Cut the step."""
+        common, window, sink = common_attn_metadata, self.kv_cache_spec.sliding_window, self.kv_cache_spec.sink
         bounds = common.query_start_loc[: common.num_reqs + 1].numpy().astype(np.int64)
         first, end = bounds[:-1], bounds[1:]
-        offset = common.seq_lens[: common.num_reqs].numpy() - end  # from a token in the step to where it is
-
-        def bands(chosen: np.ndarray, width: int) -> Bands | None:
-            request, tokens = cut(first[chosen], end[chosen], width)
-            if not len(request):
-                return None
-            request = chosen[request]
-            return Bands.of(request, tokens, tokens + offset[request][:, None], spec.sliding_window, spec.sink)
-
-        requests = np.arange(common.num_reqs)
-        short = end - first <= SHORT
-        in_order = common.max_query_len <= SHORT
-        single = bands(requests if in_order else requests[short], 1)
-        wide = None if in_order else bands(requests[~short], self.width)
-        return self._found(WindowMetadata(single, wide, in_order), common.block_table_tensor)
+        offset = common.seq_lens[: common.num_reqs].numpy() - end
+        alone = (end - first == 1) & self.has_kernel
+        singles = pieces = None
+        if alone.any():
+            request = np.flatnonzero(alone)
+            tokens = first[request]
+            singles = Singles.of(request, tokens, tokens + offset[request], window, sink)
+        if not alone.all():
+            starts, ends = (first + offset).tolist(), (end + offset).tolist()
+            cuts = [
+                piece
+                for request in np.flatnonzero(~alone).tolist()
+                for piece in cut(request, starts[request], ends[request], window, sink)
+            ]
+            pieces = Pieces.of(cuts, offset, window, sink) if cuts else None
+        return self._found(WindowMetadata(singles, pieces), common.block_table_tensor)
 
     def update_block_table(
         self, metadata: WindowMetadata, blk_table: torch.Tensor, slot_mapping: torch.Tensor
     ) -> WindowMetadata:
         """The same for another group of the same layers, whose blocks are others."""
-        updated = copy.copy(metadata)
-        updated.single, updated.wide = copy.copy(metadata.single), copy.copy(metadata.wide)
-        return self._found(updated, blk_table)
+        return self._found(WindowMetadata(copy.copy(metadata.singles), copy.copy(metadata.pieces)), blk_table)
 
     def _found(self, metadata: WindowMetadata, block_table: torch.Tensor) -> WindowMetadata:
-        for bands in (metadata.single, metadata.wide):
-            if bands is not None:
-                bands.find(block_table, self.kv_cache_spec.block_size)
+        """Set `slots` by the blocks of the step's requests, `[requests, blocks]`."""
+        table, block_size = block_table.numpy(), self.kv_cache_spec.block_size
+        for each in (metadata.singles, metadata.pieces):
+            if each is not None:
+                blocks = table[each.request, np.minimum(each.places // block_size, table.shape[1] - 1)]
+                each.slots = torch.from_numpy(blocks * np.int64(block_size) + each.places % block_size)
         return metadata
 
 
 class WindowImpl(AttentionImpl[WindowMetadata]):
-    """Attends in bands.
+    """Attends in pieces.
 
     Raises:
         ValueError: for attention with ALiBi or sinks that are learnt.
@@ -218,8 +251,6 @@ class WindowImpl(AttentionImpl[WindowMetadata]):
         self.kv_cache_dtype = kv_cache_dtype
         self.logits_soft_cap = logits_soft_cap or 0.0
         self.quantized = FP8[kv_cache_dtype] if is_quantized_kv_cache(kv_cache_dtype) else None
-        # vLLM builds it for AVX-512 alone, and not for float32.
-        self.has_kernel = self.quantized is None and hasattr(torch.ops._C, "decode_attention_cpu")
 
     def rows(self, kv_cache: torch.Tensor) -> torch.Tensor:
         """The blocks' memory `[slots, num_kv_heads, 2 * head_size]`, K and V of a token side by side."""
@@ -254,64 +285,60 @@ class WindowImpl(AttentionImpl[WindowMetadata]):
         if attn_metadata is None:  # a step that only warms up
             return output
         rows = self.rows(kv_cache)
-        single, wide = attn_metadata.single, attn_metadata.wide
-        if single is not None and self.has_kernel and query.dtype != torch.float32:
-            if attn_metadata.in_order:
-                count = len(single.every)
-                self._attend_single(query[:count], rows, single, output[:count])
+        singles, pieces = attn_metadata.singles, attn_metadata.pieces
+        for part in (singles, pieces):
+            if part is None:
+                continue
+            attend = self._attend_singles if part is singles else self._attend_pieces
+            if singles is None or pieces is None:  # the step's tokens, all in their order
+                count = len(part.tokens)
+                attend(layer, query[:count], rows, part, output[:count])
             else:
-                tokens = single.tokens.flatten()
-                made = torch.empty_like(asked := query[tokens])
-                self._attend_single(asked, rows, single, made)
-                output[tokens] = made
-        elif single is not None:
-            self._attend(layer, query, rows, single, output, attn_metadata.in_order)
-        if wide is not None:
-            self._attend(layer, query, rows, wide, output, False)
+                made = torch.empty_like(asked := query[part.tokens])
+                attend(layer, asked, rows, part, made)
+                output[part.tokens] = made
         return output
 
-    def _attend_single(self, query: torch.Tensor, rows: torch.Tensor, bands: Bands, output: torch.Tensor) -> None:
-        """Bands of one token, through vLLM's kernel: `[bands, num_heads, head_size]`."""
+    def _attend_singles(
+        self, layer: Any, query: torch.Tensor, rows: torch.Tensor, singles: Any, output: torch.Tensor
+    ) -> None:
+        """`[tokens, num_heads, head_size]`"""
         key, value = rows[..., : self.head_size], rows[..., self.head_size :]
         scores = query.new_empty((len(query), self.num_heads, 1, self.head_size + 1), dtype=torch.float32)
         options = (self.scale, self.logits_soft_cap, False, -1, None, None)
         ops.cpu_mla_decode(
-            query, key, value, output, None, None, None, scores, bands.slots, bands.every, bands.count, *options
+            query, key, value, output, None, None, None, scores, singles.slots, singles.every, singles.count, *options
         )
 
-    def _attend(
-        self, layer: Any, query: torch.Tensor, rows: torch.Tensor, bands: Bands, output: torch.Tensor, in_order: bool
+    def _attend_pieces(
+        self, layer: Any, query: torch.Tensor, rows: torch.Tensor, pieces: Any, output: torch.Tensor
     ) -> None:
-        """Bands of any width, in torch: a slice of them at a time. `in_order` as in `WindowMetadata`."""
-        keys, groups = bands.places.shape[1], self.num_heads // self.num_kv_heads
-        # The heads that share one of K and V are more of its tokens: [bands, num_kv_heads, width * groups, head_size].
-        shared = -1, self.num_kv_heads, bands.tokens.shape[1] * groups, self.head_size
-        if self.quantized is not None:
-            rows = rows.view(torch.uint8)
-        for some, slots, seen in bands.slices_of(groups):
-            kept = rows.index_select(0, slots)
-            if self.quantized is not None:
-                kept = kept.view(self.quantized).to(query.dtype)
-            key, value = kept.view(-1, keys, self.num_kv_heads, 2 * self.head_size).transpose(1, 2).chunk(2, -1)
-            if self.quantized is not None:
-                key, value = key * layer._k_scale_float, value * layer._v_scale_float
-            if in_order:
-                output[some].view(shared).copy_(self._attention(query[some].view(shared), key, value, seen))
-                continue
-            tokens = bands.tokens[some]
-            asked = query[tokens].unflatten(2, (self.num_kv_heads, groups)).transpose(1, 2).reshape(shared)
-            made = self._attention(asked, key, value, seen)
-            output[tokens] = made.unflatten(2, (-1, groups)).transpose(1, 2).flatten(2, 3)
-
-    def _attention(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: torch.Tensor | None
-    ) -> torch.Tensor:
-        if not self.logits_soft_cap:
-            return scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=self.scale)
-        scores = query.float() @ key.float().transpose(2, 3) * (self.scale / self.logits_soft_cap)
-        capped = scores.tanh() * self.logits_soft_cap
-        weights = (capped if seen is None else capped.masked_fill(~seen, -torch.inf)).softmax(-1)
-        return (weights @ value.float()).to(query.dtype)
+        """`[tokens, num_heads, head_size]`"""
+        isa = _get_attn_isa(query.dtype, PACKED, self.head_size)
+        keys, values, work = pieces.kernel(isa, self.num_heads, self.num_kv_heads, self.head_size, query.dtype)
+        if self.quantized is None:
+            key, value = rows.index_select(0, pieces.slots).split(self.head_size, -1)
+        else:
+            held = rows.view(torch.uint8).index_select(0, pieces.slots).view(self.quantized).to(query.dtype)
+            key, value = held.split(self.head_size, -1)
+            key, value = key * layer._k_scale_float, value * layer._v_scale_float
+        ops.cpu_attn_reshape_and_cache(key, value, keys, values, pieces.packed, isa)
+        ops.cpu_attention_with_kv_cache(
+            query=query,
+            key_cache=keys,
+            value_cache=values,
+            output=output,
+            query_start_loc=pieces.bounds,
+            seq_lens=pieces.lengths,
+            scale=self.scale,
+            causal=True,
+            alibi_slopes=None,
+            sliding_window=pieces.window,
+            block_table=pieces.blocks,
+            softcap=self.logits_soft_cap,
+            scheduler_metadata=work,
+            s_aux=None,
+        )
 
 
 class WindowBackend(CPUAttentionBackend):

@@ -82,7 +82,11 @@ def search(
         typer.Option(help="Tokens of texts to retrieve from; may be given several times; by default 512, 1024, 2048."),
     ] = None,
     window: Annotated[
-        list[int] | None, typer.Option(help="Sizes of windows to try, two or three of them; by default 256 and 1024.")
+        list[int] | None,
+        typer.Option(
+            help="Sizes of windows to try, two or three of them; by default 256 and 1024. Those that no item is twice "
+            "as long as are left out, as is 1024 with --quick."
+        ),
     ] = None,
     context: Annotated[int, typer.Option(help="The tokens of requests to save for.")] = 4096,
     items: Annotated[float, typer.Option(help="How many items, as a part of the usual number.")] = 1.0,

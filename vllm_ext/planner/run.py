@@ -26,7 +26,7 @@ from vllm_ext.planner.settings import SINKS, SearchSettings
 from vllm_ext.planner.trials import KEYS, Changes, Trials
 from vllm_ext.progress import progress
 from vllm_ext.reports.journal import Journal
-from vllm_ext.tasks.items import Item, Split
+from vllm_ext.tasks.items import Item, Split, Task
 from vllm_ext.tasks.passages import cut
 from vllm_ext.tasks.texts import prose
 from vllm_ext.versions import offline_versions
@@ -70,6 +70,7 @@ class Planner:
             if task.length is not None and longest is not None and task.length > longest:
                 raise UsageError(f"--length {task.length}: the model takes {longest} tokens; lower it")
         self.layers = [layer for layer in range(source.num_layers) if own_window(self.config, layer) is None]
+        self.windows = looked_beyond(settings.windows, tasks["search"])
         self.header = {
             "model": source.called,
             "layers": source.num_layers,
@@ -102,14 +103,13 @@ class Planner:
         tokens = sum(task.tokens for task in self.search.tasks if task.length is not None)
         self._stage("scan", tokens * (1 + len(self.layers)))
         heads = 0 if self.settings.quick else Shape.of(self.config, self.source.family).kv_heads
-        return scan(self.search, min(self.settings.windows), self.layers, heads)
+        return scan(self.search, self.windows[0], self.layers, heads)
 
     def _quick(self, scanned: Scan) -> list[Trial]:
         """One size of window, on as many layers as miss little; no search beyond the scan's own items."""
         self._stage("windows on the layers that are missed least", None)
         search = self._search(scanned)
-        size = LayerPlan("window", sorted(self.settings.windows)[:2][-1])
-        return [search.most(QUICK_SLACK, size, scanned.order, {})]
+        return [search.most(QUICK_SLACK, LayerPlan("window", self.windows[-1]), scanned.order, {})]
 
     def _searched(self, scanned: Scan) -> list[Trial]:
         """Plans of windows of which none misses less and saves more; and the one that saves most, its top changed."""
@@ -120,8 +120,7 @@ class Planner:
         return [*windows, *tops]
 
     def _search(self, scanned: Scan) -> Search:
-        windows = sorted(self.settings.windows)
-        return Search(self.search, scanned, windows, SINKS, self.source.family.kinds, self._saved)
+        return Search(self.search, scanned, self.windows, SINKS, self.source.family.kinds, self._saved)
 
     def _trials(self, tasks: Any, split: Split) -> Trials:
         return Trials(
@@ -169,6 +168,24 @@ class Planner:
         """Operations of a prompt."""
         plan = AttentionPlan.of(self.source.num_layers, changes)
         return Shape.of(self.config, self.source.family).prefill_flops(plan, self.settings.context)
+
+
+def looked_beyond(windows: Sequence[int], tasks: Sequence[Task]) -> list[int]:
+    """The windows, smallest first, that some item is twice as long as: what a larger one forgets, no item would miss.
+
+    Items of tasks that retrieve are asked, where there are any.
+
+    Raises:
+        UsageError: where there is none.
+
+    """
+    lengths = [task.length for task in tasks if task.length is not None]
+    longest = max(lengths or [len(each.prompt) + len(each.answer) for task in tasks for each in task.items])
+    seen = sorted(size for size in windows if 2 * size <= longest)
+    if not seen:
+        smallest = min(windows)
+        raise UsageError(f"--window {smallest}: no item has {2 * smallest} tokens, to miss what it forgets; lower it")
+    return seen
 
 
 def spread(plans: Sequence[Trial]) -> list[Trial]:

@@ -45,7 +45,7 @@ class SearchSettings:
     lengths: tuple[int, ...] = retrieval.LENGTHS
     """Tokens of the items of tasks that retrieve: what a plan is judged up to."""
     windows: tuple[int, ...] = WINDOWS
-    """Sizes to try, smallest first."""
+    """Sizes to try; those that no item is twice as long as are left out."""
     context: int = 4_096
     """Tokens of the requests for which savings are counted."""
     items: float = 1.0
