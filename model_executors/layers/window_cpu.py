@@ -31,8 +31,10 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, _get_attn_i
 
 from model_executors.hooks.kv_cache import SinkWindowSpec
 
-PACKED = 32
-"""Tokens of a block that keys are packed in: the fewest that the fastest of vLLM's kernels take."""
+PACKED = 128
+"""Tokens of a block that keys are packed in: vLLM's own for CPUs, with which its kernel is fastest."""
+PACKED_ALONE = 32
+"""The same where each piece is one token, and packing its keys is most of the work; the fewest the kernel takes."""
 FP8 = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 
 Kernel = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -99,6 +101,7 @@ class Pieces:
     """`[keys]`, where they are packed, by slots."""
     blocks: torch.Tensor
     """`[pieces, blocks]`, where they are packed, by blocks."""
+    block_size: int
     window: int
     """That slides over them."""
     slots: torch.Tensor = field(init=False)
@@ -111,7 +114,8 @@ class Pieces:
         """`offset` is how much more a token's position in its request is than that in the step."""
         keys = [piece.keys(window, sink) for piece in pieces]
         lengths = np.array([len(each) for each in keys])
-        blocks = -(-lengths // PACKED)
+        block_size = PACKED if any(each.end - each.first > 1 for each in pieces) else PACKED_ALONE
+        blocks = -(-lengths // block_size)
         first = np.cumsum(blocks) - blocks
         return cls(
             torch.from_numpy(
@@ -122,9 +126,10 @@ class Pieces:
             np.repeat([each.request for each in pieces], lengths),
             np.concatenate(keys),
             torch.from_numpy(
-                np.concatenate([np.arange(length) + PACKED * at for length, at in zip(lengths, first, strict=True)])
+                np.concatenate([np.arange(length) + block_size * at for length, at in zip(lengths, first, strict=True)])
             ),
             torch.from_numpy(np.minimum(first[:, None] + np.arange(blocks.max()), blocks.sum() - 1).astype(np.int32)),
+            block_size,
             window + sink,
         )
 
@@ -132,7 +137,8 @@ class Pieces:
         """Room for keys and for values, and how vLLM's kernel divides the work; made once for all layers."""
         asked = isa, num_heads, num_kv_heads, head_size, dtype
         if asked not in self.kernels:
-            room = torch.zeros(int(self.blocks.max()) + 1, num_kv_heads, 2 * PACKED, head_size, dtype=dtype)
+            blocks = int(self.blocks.max()) + 1
+            room = torch.zeros(blocks, num_kv_heads, 2 * self.block_size, head_size, dtype=dtype)
             work = ops.cpu_attn_get_scheduler_metadata(
                 num_reqs=len(self.lengths),
                 num_heads=num_heads,
@@ -314,7 +320,7 @@ class WindowImpl(AttentionImpl[WindowMetadata]):
         self, layer: Any, query: torch.Tensor, rows: torch.Tensor, pieces: Any, output: torch.Tensor
     ) -> None:
         """`[tokens, num_heads, head_size]`"""
-        isa = _get_attn_isa(query.dtype, PACKED, self.head_size)
+        isa = _get_attn_isa(query.dtype, pieces.block_size, self.head_size)
         keys, values, work = pieces.kernel(isa, self.num_heads, self.num_kv_heads, self.head_size, query.dtype)
         if self.quantized is None:
             key, value = rows.index_select(0, pieces.slots).split(self.head_size, -1)
