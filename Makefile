@@ -35,7 +35,7 @@ serve: $(READY)  ## Serve the embedded model with its plan, or with the layers o
 # waits for it is late with its first token, by a promise that leaves time for the prompt. The same bytes for both. Requests
 # come evenly, since by chance alone a few dozen that do not would need hours to tell the two apart.
 COMPARED := --workload chat --scale 2 --arrival constant --ttft $(if $(FLOAT32),12,4) --itl 2 --goodput 0.9 --warmup 5 \
-	--duration 18 --cut --needles 0.1 --enforce-eager --block-size 32 --max-model-len 1024 \
+	--duration 18 --cut --needles 0.2 --enforce-eager --block-size 32 --max-model-len 1024 \
 	--max-num-batched-tokens 128 --kv-cache-memory-bytes $(if $(FLOAT32),117440512,58720256)
 # The default plan saves nothing of requests so short, whose length a CPU asks for; smaller windows do, and forget more.
 WINDOW ?= 0-6,9,11-13,15-16,19,24-29:256

@@ -146,7 +146,7 @@ class Stream:
             error,
             self.counts,
             cached,
-            request.judge(self.text) if error is None else None,
+            request.judge(self.text, error is None),
         )
 
 

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 Api = Literal["completions", "chat"]
 PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
+JUDGED = 300
+"""Characters of an answer that it is judged by, so that one that is cut off later can be judged too."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +24,11 @@ class Request:
     expected: str = ""
     """What a right answer has in it, where it is known."""
 
-    def judge(self, text: str) -> bool | None:
-        """Whether that answer is right, where it is known what would be."""
-        return self.expected in text if self.expected else None
+    def judge(self, text: str, ended: bool) -> bool | None:
+        """Whether that answer is right by its first characters, where it is known what would be, and they have come."""
+        if not self.expected or (len(text) < JUDGED and not ended):
+            return None
+        return self.expected in text[:JUDGED]
 
 
 @dataclass(frozen=True)

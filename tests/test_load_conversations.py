@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from loadtests.answer import read_answers
+from loadtests.conversations import JUDGED
 from loadtests.run import locust
 from loadtests.settings import Load
 from loadtests.sharegpt import read_dialogues
@@ -178,7 +179,10 @@ def test_needles_are_about_as_long_as_other_prompts_and_judged_by_their_number(a
         text = body["prompt"] if api == "completions" else body["messages"][0]["content"]
         assert text.count(f"is: {request.expected}.") == 1
         assert len(text) / 4.4 == pytest.approx(request.prompt_tokens, rel=0.25)
-        assert request.judge(f" {request.expected}. The") is True
-        assert request.judge("1234567890") is False
+        assert request.judge(f" {request.expected}. The", ended=True) is True
+        assert request.judge("1234567890", ended=True) is False
+        assert request.judge("1234567890", ended=False) is None
+        assert request.judge(f"{request.expected}{'.' * JUDGED}", ended=False) is True
+        assert request.judge(f"{'.' * JUDGED}{request.expected}", ended=False) is False
     assert len({request.expected for request in needles}) == len(needles)
-    assert all(request.judge("") is None for request in requests if not request.expected)
+    assert all(request.judge("", ended=True) is None for request in requests if not request.expected)
