@@ -20,6 +20,8 @@ SCANNED: tuple[retrieval.Name, ...] = ("needle", "needles")
 """What layers are scanned with, and searched with at every length; the other tasks that retrieve are judged on."""
 RETRIEVED: dict[Split, int] = {"search": 4, "judge": 40}
 """Items of each of those, at each length; where several ask of one text, twice as many to search with."""
+QUICK = {"needle": 3, "needles": 4}
+"""The same with `--quick`, which has three minutes; the four ask of one text."""
 OTHERS = 16
 """Items of each other task that retrieves, at the shortest length."""
 OWN = 150
@@ -99,7 +101,7 @@ class SearchSettings:
         if name not in SCANNED:
             lengths, count = lengths[:1], min(OTHERS, count)
         elif self.quick:
-            lengths, count = lengths[:2][-1:], RETRIEVED["search"]
+            lengths, count = lengths[:2][-1:], QUICK[name]
         elif name == "needles" and split == "search":
             count *= 2
         return [
