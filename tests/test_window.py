@@ -1,6 +1,7 @@
 """Window layers in vLLM against attention written out in full."""
 
 import pytest
+import torch
 from vllm import SamplingParams
 
 from model_executors.attention_plan import LayerPlan
@@ -37,6 +38,26 @@ def test_chunked_prefill(tiny_models):
         ours = answers(llm, prompts(LENGTHS))
         assert len(runner(llm).kv_cache_config.kv_cache_groups) == 3
     assert_same(ours, [reference.answer(prompt, NEW_TOKENS) for prompt in prompts(LENGTHS)])
+
+
+@pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="stock refuses an FP8 KV cache without AVX-512")
+def test_fp8_costs_a_plan_what_it_costs_stock(tiny_models):
+    """Nats of a prompt's token, on average; random models miss much by it, so no token is compared."""
+    folder, asked = tiny_models("Llama"), prompts((121, 129, 145, 200))
+    lost = {}
+    for name, changes in (("stock", {}), ("plan", PLAN)):
+        with engine(folder, changes, kv_cache_dtype="fp8") as llm:
+            ours = answers(llm, asked)
+        reference = Reference(folder, changes)
+        expected = [reference.answer(prompt, NEW_TOKENS) for prompt in asked]
+        misses = [
+            abs(one - other)
+            for a, b in zip(ours, expected, strict=True)
+            for one, other in zip(a.prompt_logprobs, b.prompt_logprobs, strict=True)
+        ]
+        lost[name] = sum(misses) / len(misses)
+    assert lost["stock"] > 0
+    assert lost["plan"] == pytest.approx(lost["stock"], rel=0.2)
 
 
 def test_memory_is_freed_as_tokens_leave_the_window(tiny_models):
