@@ -37,7 +37,7 @@ PACKED_ALONE = 32
 """The same where each piece is one token, and packing its keys is most of the work; the fewest the kernel takes."""
 FP8 = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 
-Kernel = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Kernel = tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @dataclass
@@ -133,10 +133,11 @@ class Pieces:
             window + sink,
         )
 
-    def kernel(self, isa: str, num_heads: int, num_kv_heads: int, head_size: int, dtype: torch.dtype) -> Kernel:
-        """Room for keys and for values, and how vLLM's kernel divides the work; made once for all layers."""
-        asked = isa, num_heads, num_kv_heads, head_size, dtype
+    def kernel(self, num_heads: int, num_kv_heads: int, head_size: int, dtype: torch.dtype) -> Kernel:
+        """Which of vLLM's kernels, room for keys and for values, and how the work is divided; once for all layers."""
+        asked = num_heads, num_kv_heads, head_size, dtype
         if asked not in self.kernels:
+            isa = _get_attn_isa(dtype, self.block_size, head_size)
             blocks = int(self.blocks.max()) + 1
             room = torch.zeros(blocks, num_kv_heads, 2 * self.block_size, head_size, dtype=dtype)
             work = ops.cpu_attn_get_scheduler_metadata(
@@ -153,7 +154,7 @@ class Pieces:
                 enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
             )
             keys, values = room.chunk(2, 2)
-            self.kernels[asked] = keys, values, work
+            self.kernels[asked] = isa, keys, values, work
         return self.kernels[asked]
 
 
@@ -320,8 +321,7 @@ class WindowImpl(AttentionImpl[WindowMetadata]):
         self, layer: Any, query: torch.Tensor, rows: torch.Tensor, pieces: Any, output: torch.Tensor
     ) -> None:
         """`[tokens, num_heads, head_size]`"""
-        isa = _get_attn_isa(query.dtype, pieces.block_size, self.head_size)
-        keys, values, work = pieces.kernel(isa, self.num_heads, self.num_kv_heads, self.head_size, query.dtype)
+        isa, keys, values, work = pieces.kernel(self.num_heads, self.num_kv_heads, self.head_size, query.dtype)
         if self.quantized is None:
             key, value = rows.index_select(0, pieces.slots).split(self.head_size, -1)
         else:
