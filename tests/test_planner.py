@@ -16,7 +16,8 @@ from vllm_ext.layers import changes_of
 from vllm_ext.offline.model import read_tokenizer
 from vllm_ext.planner import report, run
 from vllm_ext.planner.judge import Goal, judge
-from vllm_ext.planner.run import JOURNAL, Planner, looked_beyond
+from vllm_ext.planner.run import JOURNAL, Planner, filled, looked_beyond
+from vllm_ext.planner.search import Search, Trial
 from vllm_ext.planner.settings import SearchSettings
 from vllm_ext.tasks.items import Item, Task
 
@@ -72,6 +73,37 @@ def test_the_search_leaves_it_alone_and_lets_the_others_go(found):
     # A window of 8 and its sink take up to 3 of a layer's 32 blocks.
     assert best.kv_saved >= 1 - (32 + 3 * 3) / (LAYERS * 32)
     assert best.kept > 0.98
+
+
+def test_of_two_plans_the_one_between_has_half_of_what_differs(copying, data, found, tmp_path):
+    shutil.copytree(found, tmp_path / "again")
+    trials, scan = planner(copying, data, tmp_path / "again").search, report.read(found / "front.json").scan
+    search = Search(trials, scan, (WINDOW,), (), (), lambda changes: len(changes) / LAYERS)
+    small, large = LayerPlan("window", WINDOW), LayerPlan("window", 2 * WINDOW)
+    first, second, third, last = scan.order
+    assert last == FETCHES
+    between = search.between({}, {first: small, second: small, third: small})
+    assert between.changes == {first: small}
+    assert between.missed == trials.missed({first: small})
+    some = search.between({second: large, third: large, last: large}, {first: small, second: small, third: large})
+    assert some.changes == {first: small, second: large, third: large, last: large}
+    assert search.between({first: small}, {second: small}).changes == {}
+    assert search.between({first: small}, {first: small}).changes == {first: small}
+
+
+def test_the_widest_gap_in_what_plans_save_is_filled_until_enough_are_judged():
+    def between(less, more):
+        return Trial(dict.fromkeys(range((len(less) + len(more)) // 2), LayerPlan("window", WINDOW)), 0.0)
+
+    def counts(*given):
+        return [len(each.changes) for each in filled([between("-" * each, "-" * each) for each in given], len, between)]
+
+    assert counts(20, 12, 2) == [20, 12, 7, 2]
+    assert counts(20, 2) == [20, 15, 11, 2]
+    assert counts(8, 6, 4, 0) == [8, 6, 4, 0]
+    assert counts(5, 4) == [5, 4]
+    assert counts(5) == [5]
+    assert counts() == []
 
 
 def test_windows_only_are_found_where_nothing_else_is_wanted(copying, data, found, tmp_path):

@@ -1,7 +1,7 @@
 """`vllm-ext search`: layers scanned, plans searched for and judged on other items, and what was found on the way."""
 
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -112,12 +112,12 @@ class Planner:
         return [search.most(QUICK_SLACK, LayerPlan("window", self.windows[-1]), scanned.order, {})]
 
     def _searched(self, scanned: Scan) -> list[Trial]:
-        """Plans of windows of which none misses less and saves more; and the one that saves most, its top changed."""
+        """Plans of windows of which none misses less and saves more, and some between; and the first with a new top."""
         self._stage("search", None)
         search = self._search(scanned)
         windows = spread(sorted(search.front(), key=lambda each: -self._saved(each.changes)))
         tops = [] if self.settings.windows_only else [top for each in windows[:1] for top in search.tops(each)]
-        return [*windows, *tops]
+        return [*filled(windows, self._saved, search.between), *tops]
 
     def _search(self, scanned: Scan) -> Search:
         return Search(self.search, scanned, self.windows, SINKS, self.source.family.kinds, self._saved)
@@ -193,3 +193,21 @@ def spread(plans: Sequence[Trial]) -> list[Trial]:
     if len(plans) <= MOST_JUDGED:
         return list(plans)
     return [plans[round(number * (len(plans) - 1) / (MOST_JUDGED - 1))] for number in range(MOST_JUDGED)]
+
+
+def filled(
+    plans: Sequence[Trial], saved: Callable[[Changes], float], between: Callable[[Changes, Changes], Trial]
+) -> list[Trial]:
+    """More plans than there are, up to `MOST_JUDGED`, each where what two neighbours save is furthest apart.
+
+    A search asks few items, on which plans seem much alike that are not so to the judge.
+    """
+    made = list(plans)
+    while 1 < len(made) < MOST_JUDGED:
+        savings = [saved(each.changes) for each in made]
+        place = max(range(1, len(made)), key=lambda each: savings[each - 1] - savings[each])
+        found = between(made[place].changes, made[place - 1].changes)
+        if not savings[place] < saved(found.changes) < savings[place - 1]:  # groups of the KV cache are padded
+            break
+        made.insert(place, found)
+    return made

@@ -99,6 +99,14 @@ class Search:
         ]
         return list({tuple(sorted(each.changes.items())): each for each in found}.values())
 
+    def between(self, less: Changes, more: Changes) -> Trial:
+        """Of the layers where they differ, the half that is missed least as in `more`, and the others as in `less`."""
+        differ = [layer for layer in self.scan.order if less.get(layer) != more.get(layer)]
+        as_more = {*differ[: len(differ) // 2]}
+        plans = {layer: (more if layer in as_more else less).get(layer, FULL) for layer in {**less, **more}}
+        changes = {layer: plan for layer, plan in plans.items() if plan != FULL}
+        return Trial(changes, self.trials.missed(changes))
+
     def tops(self, below: Trial) -> list[Trial]:
         """The same with the top layers frozen, or skipped with linear maps: as many as miss little more.
 
