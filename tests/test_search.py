@@ -90,6 +90,21 @@ def test_as_many_layers_as_one_by_one_would_find(tiny_models, tmp_path):
     assert len(best.changes) == NUM_LAYERS or costs[len(best.changes) + 1] > slack
 
 
+def test_as_many_layers_as_save_more_than_fewer_do(tiny_models, tmp_path):
+    """Where a number of layers is padded to the next that three divide, so many are not tried."""
+    made = trials(planted(tiny_models("Llama"), [2]), tmp_path)
+    found = search(made)
+    found.saved = lambda changes: len(changes) // 3 * 3
+    best = found.most(0.01, WINDOW, found.scan.order, {})
+    assert len(best.changes) == 3
+    below = {found.scan.order[0]: WINDOW}
+    assert found.most(0.01, LayerPlan("window", 16), found.scan.order[1:5], below).changes.keys() == set(
+        found.scan.order[:3]
+    )
+    found.saved = lambda changes: -len(changes)
+    assert found.most(0.01, WINDOW, found.scan.order, {}).changes == {}
+
+
 def test_what_is_missed_is_the_mean_or_half_of_the_worst(tiny_models, tmp_path):
     made = trials(planted(tiny_models("Llama"), range(6)), tmp_path)
     changes = {2: WINDOW, 4: LINEAR}
