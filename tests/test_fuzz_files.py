@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
@@ -102,14 +102,16 @@ def test_any_configuration(tmp_path, content):
 
 @SETTINGS
 @given(content=st.binary(max_size=99), index=JSON, named=JSON)
+@example(content=b"", index={}, named="a\nb")
 def test_any_weights(planned, tmp_path, content, index, named):
     (tmp_path / "config.json").write_text(json.dumps(planned))
     (tmp_path / "model.safetensors").write_bytes(content)
     told(Checkpoint.open(str(tmp_path), weights=False).check_weights)
     for whole in (index, {"weight_map": index}, {"weight_map": {"a": named}}):
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps(whole))
-        with pytest.raises(UsageError):
+        with pytest.raises(UsageError) as refused:
             Checkpoint.open(str(tmp_path), weights=False).check_weights()
+        assert "\n" not in str(refused.value)
 
 
 @SETTINGS
