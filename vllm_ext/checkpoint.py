@@ -20,7 +20,7 @@ from model_executors.attention_plan import (
 )
 from model_executors.families import Family, family_of, own_window
 from model_executors.heads.head_plan import HeadPlan, head_tensor_name
-from vllm_ext.errors import UsageError, one_line
+from vllm_ext.errors import UsageError
 from vllm_ext.folders import as_readable, check_out, check_space, complete_folder, place, read_json
 
 if TYPE_CHECKING:  # it needs torch, which takes seconds to load
@@ -242,9 +242,7 @@ class Checkpoint:
         assert self.folder is not None
         if (self.folder / INDEX).is_file():
             weight_map = read_json(self.folder / INDEX).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(
-                isinstance(name, str) and name.isprintable() for name in weight_map.values()
-            ):
+            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
                 raise UsageError(
                     f"model {self.name}: {INDEX} does not say which file has which tensor; download it again"
                 )
@@ -299,8 +297,9 @@ class Checkpoint:
         except FileNotFoundError:
             raise UsageError(f"model {self.name}: weight file {file} is missing; download it again") from None
         except (SafetensorError, OSError, ValueError) as error:
-            why = one_line(error)
-            raise UsageError(f"model {self.name}: weight file {file} is damaged ({why}); download it again") from error
+            raise UsageError(
+                f"model {self.name}: weight file {file} is damaged ({error}); download it again"
+            ) from error
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,13 @@ CURES = {
 
 
 class UsageError(ValueError):
-    """One line with the name, the value and the fix; `vllm-ext` prints it and exits with code 2."""
+    """One line with the name, the value and the fix; `vllm-ext` prints it and exits with code 2.
+
+    One it stays where a name, or the error of a library, that it was made with has line ends.
+    """
+
+    def __init__(self, line: str) -> None:
+        super().__init__(" ".join(line.splitlines()))
 
 
 def one_line(error: Exception) -> str:
