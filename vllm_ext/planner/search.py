@@ -79,9 +79,7 @@ class Search:
                 found.append(one)
                 rest = [layer for layer in self.scan.order if layer not in one.changes]
                 for larger in (each for each in self.windows if each > size):
-                    both = self.most(slack, LayerPlan("window", larger), rest, one.changes)
-                    if self.saved(both.changes) > self.saved(one.changes):
-                        found.append(both)
+                    found.append(self.most(slack, LayerPlan("window", larger), rest, one.changes))
         return found
 
     def front(self) -> list[Trial]:
@@ -106,8 +104,8 @@ class Search:
         """Of the layers where they differ, the half that is missed least as in `more`, and the others as in `less`."""
         differ = [layer for layer in self.scan.order if less.get(layer) != more.get(layer)]
         as_more = {*differ[: len(differ) // 2]}
-        plans = {layer: (more if layer in as_more else less).get(layer, FULL) for layer in {**less, **more}}
-        changes = {layer: plan for layer, plan in plans.items() if plan != FULL}
+        taken = {layer: more if layer in as_more else less for layer in {**less, **more}}
+        changes = {layer: plans[layer] for layer, plans in taken.items() if layer in plans}
         return Trial(changes, self.trials.missed(changes))
 
     def tops(self, below: Trial) -> list[Trial]:
