@@ -192,7 +192,7 @@ class Comparison:
                         self._run(urls[side], side, workload, known.next_rate(side), pair, "search")
                     yield False
                     took.append(self.gone - begun)
-                    kept = pairs if pair + 1 >= LEAST else 0  # fewer would conclude nothing
+                    kept = min(pairs, 1) if pair + 1 >= LEAST else 0  # fewer would conclude nothing
                     over = self.gone + (1 + kept) * max(took[-2:]) > until
                     if not self.live or over or known.enough(self.plan.width, self.results.confidence, self.live):
                         break

@@ -118,13 +118,14 @@ class OpenLoop:
     def _over(self, arrival: float) -> bool:
         """Whether enough is known before the request of `arrival` is sent.
 
-        Load stays on until the last measured request is answered, or has had its time for a first token where the
-        rest is cut; what is sent for that is not measured.
+        Load stays on until the last measured request is answered, or where answers are cut has begun to be, or has had
+        its time for that; what is sent meanwhile is not measured.
         """
         if self.load.once:
             return False
         if self.load.cut:
-            grace = self.objective.ttft if self.objective else 0
+            begun = all(chunks for _, chunks in self.waiting.values())
+            grace = self.objective.ttft if self.objective and not begun else 0
             over = now() >= self.start + self.until + grace
         else:
             over = arrival >= self.until and now() >= self.start + self.until and not self.waiting

@@ -38,7 +38,11 @@ class Load:
     dataset: str = option("", "A file of ShareGPT's form, for --workload dataset.")
     seed: int = option(0, "For prompts, lengths and arrivals.")
     text_seed: int = option(-1, "For prompts' texts alone; -1 is as --seed.")
-    arrival: str = option("poisson", "How an open loop sends; closed: each user asks in turn.", choices=ARRIVALS)
+    arrival: str = option(
+        "poisson",
+        "How an open loop sends; closed: each user asks in turn; constant: as evenly as can be, lengths too.",
+        choices=ARRIVALS,
+    )
     rate: float = option(1.0, "Open loop: requests a second, over all processes.")
     burst: int = option(8, "Open loop: requests of a burst.")
     speed: float = option(1.0, "A trace is replayed once, so many times as fast; 0 repeats it at --rate.")
@@ -96,6 +100,7 @@ class Load:
             self.needles,
             read_dialogues(Path(self.dataset)) if self.dataset else (),
             read_trace(Path(self.trace)) if self.trace else (),
+            even=self.arrival == "constant",
         )
 
     def sends(self, workload: Workload) -> Iterator[tuple[float, Conversation]]:

@@ -6,6 +6,7 @@ are one token each, found with the server's `/tokenize` (vLLM has it) or a local
 as one, approximately.
 """
 
+import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from loadtests.conversations import Conversation, Request, Turn
+from loadtests.draws import Even
 from loadtests.needles import needle
 from loadtests.sharegpt import Dialogue
 from loadtests.texts import WORDS, Texts
@@ -81,6 +83,8 @@ class Workload:
     """For the profile `dataset`."""
     trace: tuple[Traced, ...] = ()
     """For the profile `trace`."""
+    even: bool = False
+    """Whether lengths, and all else that is drawn, are spread evenly over conversations in a row; else by chance."""
 
     def __post_init__(self) -> None:
         if self.profile not in NAMES:
@@ -109,13 +113,13 @@ class Workload:
             return self._dialogue(number)
         if self.profile == TRACE:
             return self._traced(number)
-        dice = random.Random(f"{self.profile}/{self.seed}/{number}")
-        if self.needles and dice.random() < self.needles:
-            return self._needle(number, dice)
+        dice = self._dice(number)
         profile = dice.choice(self._profiles)
-        shared = self._shared(profile, dice)
+        shared, count = self._shared(profile, dice), dice.randint(*profile.turns)
+        if self.needles and dice.random() < self.needles:
+            return self._needle(number, profile, dice)
         turns = []
-        for place in range(dice.randint(*profile.turns)):
+        for place in range(count):
             prompt, answer = self._scaled(dice.randint(*profile.prompt)), self._scaled(dice.randint(*profile.answer))
             think = dice.expovariate(1 / profile.think) if place and profile.think else 0.0
             turns.append(self._turn(number, place, shared if place == 0 else [], prompt, answer, think))
@@ -132,18 +136,25 @@ class Workload:
     def under_way(self, count: int) -> Iterator[Request]:
         """Requests as they are met at any one time: in the middle, what has been answered of them in their prompts.
 
-        Those with long answers are met more often. Their numbers are negative.
+        Those with long answers are met more often, and each at another part of its answer, from the first to the last.
+        Their numbers are negative.
         """
-        dice = random.Random(f"{self.profile}/{self.seed}/under way")
         answers = [each.answer_tokens for each in self.trace] or [profile.answer[1] for profile in self._profiles]
-        longest = self._scaled(max(answers))
-        number = -1
-        while number >= -count:
+        longest, dice = self._scaled(max(answers)), random.Random(f"{self.profile}/{self.seed}/under way")
+        parts = [(place + dice.random()) / count for place in range(count)]
+        dice.shuffle(parts)
+        for drawn in itertools.count():
+            if not parts:
+                return
+            dice = self._dice(drawn, "/under way")
             shared, prompt, answer = self._lengths(dice)
             if dice.random() < answer / longest:
-                done = dice.randrange(answer)
-                yield self.fixed(number, shared, prompt + done, answer - done).request(0, ())
-                number -= 1
+                done = int(answer * parts.pop())
+                yield self.fixed(len(parts) - count, shared, prompt + done, answer - done).request(0, ())
+
+    def _dice(self, number: int, what: str = "") -> random.Random:
+        seed = f"{self.profile}/{self.seed}{what}"
+        return Even(seed, number) if self.even else random.Random(f"{seed}/{number}")
 
     def _lengths(self, dice: random.Random) -> tuple[list[Any], int, int]:
         """What a request's prompt begins with, how long the rest of it is, turns before it included, and its answer."""
@@ -222,14 +233,13 @@ class Workload:
         stand_in = self._content(self._draw(dice, answer))
         return Turn(self._content(tokens), len(tokens) + self.around, answer, think, stand_in)
 
-    def _needle(self, number: int, dice: random.Random) -> Conversation:
-        profile = dice.choice(self._profiles)
+    def _needle(self, number: int, profile: Profile, dice: random.Random) -> Conversation:
         prompt, answer = self._scaled(dice.randint(*profile.prompt)), self._scaled(dice.randint(*profile.answer))
         text, expected = needle(prompt, dice, f"{self._text_seed}.{number}", chat=self.api == "chat")
         return self._conversation(number, (Turn(text, prompt, answer, expected=expected),))
 
     def _dialogue(self, number: int) -> Conversation:
-        dice = random.Random(f"{self.profile}/{self.seed}/{number}")
+        dice = self._dice(number)
         count = self.texts.count if self.texts and self.texts.count else lambda text: round(len(text.split()) * 4 / 3)
         turns = []
         for place, (said, answered) in enumerate(dice.choice(self.dialogues).turns):

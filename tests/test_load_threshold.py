@@ -148,7 +148,7 @@ def test_a_time_that_is_over_ends_the_search_and_says_how_little_is_known(monkey
     ("overhead", "minutes", "search", "level"),
     [
         (lambda run: 120 if run < 2 else OVERHEAD, 8, 1, 0),  # as a slow pair is all that is known
-        (lambda run: 120 if run < 2 else OVERHEAD, 15, 8, 3),
+        (lambda run: 120 if run < 2 else OVERHEAD, 15, 10, 1),  # which serves more comes before latencies
         (lambda run: 60, 6, 1, 0),
         (lambda run: 60, 15, 4, 1),
     ],

@@ -2,8 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
 
+from loadtests.settings import Load
 from loadtests.texts import Texts, single_token_words
 from loadtests.traces import arrivals, read_trace
 from loadtests.workloads import PROFILES, Workload
@@ -74,6 +76,30 @@ def test_requests_under_way_are_as_a_server_at_work_holds_them(profile):
         [sum(each) / len(met) for each in zip(*met, strict=True)], rel=0.1
     )
     assert min(answer for _, answer in found) >= 1
+
+
+def test_requests_under_way_are_each_at_another_part_of_their_answers():
+    workload = Workload("generate", "m")
+    for count in (0, 1, 2, 7):
+        found = list(workload.under_way(count))
+        left = sorted(request.answer_tokens for request in found)
+        assert [request.id for request in found] == [f"generate-0--{place + 1}" for place in range(count)]
+        assert all(512 * place / count <= each <= 1024 * (place + 1) / count for place, each in enumerate(left))
+
+
+@pytest.mark.parametrize("profile", ["chat", "mixed"])
+def test_requests_that_come_evenly_are_as_long_as_others_and_any_few_are_about_as_long(profile):
+    lengths = {}
+    for arrival in ("constant", "poisson"):
+        workload = Load(workload=profile, arrival=arrival, scale=0.25, needles=0.2).asks("m")
+        found = [workload.request(number) for number in range(2000)]
+        lengths[arrival] = np.array([(each.prompt_tokens, each.answer_tokens, bool(each.expected)) for each in found])
+    even, chance = lengths["constant"], lengths["poisson"]
+    assert even.mean(axis=0) == pytest.approx(chance.mean(axis=0), rel=0.1)
+    assert even.std(axis=0) == pytest.approx(chance.std(axis=0), rel=0.1)
+    assert np.corrcoef(even.T)[0, 1] == pytest.approx(np.corrcoef(chance.T)[0, 1], abs=0.1)
+    few = {name: each.reshape(-1, 5, 3).mean(axis=1).std(axis=0) for name, each in lengths.items()}
+    assert (few["constant"] < 0.8 * few["poisson"]).all()
 
 
 def test_replays_a_trace(tmp_path):
