@@ -2,10 +2,10 @@
 
 Both servers stay up where memory allows, and one at a time is under load. Runs go A, B, B, A, each at the rate that
 tells most about that side's highest (`loadtests/threshold.py`), until the ratio's interval is narrow enough, or the
-time is over. The two runs of a pair have the same arrivals and lengths, so both sides have the same luck, and texts of
-their own. Pairs at one common rate, 80% of what the weaker side serves, then tell latencies at equal load. A pair is
-begun only where there is time for it, by what the last two took. A run begins with as many requests under way as
-Little's law asks for, by the time per token of the last run that held.
+time is over, but for one pair. The two runs of a pair have the same arrivals and lengths, so both sides have the same
+luck, and texts of their own. Pairs at one common rate, 80% of what the weaker side serves, then tell latencies at equal
+load. A pair is begun only where there is time for it, by what the last two took. A run begins with as many requests
+under way as Little's law asks for, by the time per token of the last run that held.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ class Plan:
     objective: Objective
     load: Load
     width: float = option(1.3, "The interval of the ratio is searched until its ends are no further apart than this.")
-    pairs: int = option(3, "Pairs of runs at equal load, for latencies; two at least tell chance.")
+    pairs: int = option(3, "Pairs of runs at equal load, for latencies, if the search leaves time; two tell chance.")
     minutes: float = option(15.0, "All runs end by then: a wider interval, or fewer pairs at equal load.")
     start: float | None = option(None, "The first guess at the highest rate, requests a second; by default found.")
     in_turn: bool = option(False, "Start each server for its turn alone, where both do not fit.")
@@ -193,7 +193,7 @@ class Comparison:
                     yield False
                     took.append(self.gone - begun)
                     kept = min(pairs, 1) if pair + 1 >= LEAST else 0  # fewer would conclude nothing
-                    over = self.gone + (1 + kept) * max(took[-2:]) > until
+                    over = self.gone + (1 + kept / LEVEL) * max(took[-2:]) > until  # those of a lower rate take longer
                     if not self.live or over or known.enough(self.plan.width, self.results.confidence, self.live):
                         break
                 for pair in range(pairs):

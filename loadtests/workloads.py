@@ -143,10 +143,9 @@ class Workload:
         longest, dice = self._scaled(max(answers)), random.Random(f"{self.profile}/{self.seed}/under way")
         parts = [(place + dice.random()) / count for place in range(count)]
         dice.shuffle(parts)
-        for drawn in itertools.count():
-            if not parts:
-                return
-            dice = self._dice(drawn, "/under way")
+        drawn = itertools.count()
+        while parts:
+            dice = self._dice(next(drawn), "/under way")
             shared, prompt, answer = self._lengths(dice)
             if dice.random() < answer / longest:
                 done = int(answer * parts.pop())

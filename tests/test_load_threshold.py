@@ -8,6 +8,7 @@ import heapq
 import json
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import count, takewhile
 
 import numpy as np
@@ -19,7 +20,7 @@ from loadtests.answer import CUT, Answer, Objective
 from loadtests.compare import Comparison, Plan
 from loadtests.report import write
 from loadtests.requirements import Requirement
-from loadtests.run import Run
+from loadtests.run import LEAST_REQUESTS, Run
 from loadtests.settings import Load
 from loadtests.statistics import figures
 from loadtests.threshold import SIDES, Thresholds
@@ -31,6 +32,13 @@ OBJECTIVE = Objective(ttft=2.0, itl=0.2, goodput=0.9)
 LOAD = Load(scale=0.5, warmup=3, duration=18, cut=True)
 OVERHEAD = 4.0
 """Seconds that a run takes beside what it sends: Locust starts, requests under way begin."""
+SLOW = {
+    "load": Load(scale=2, warmup=5, duration=18, cut=True),
+    "objective": Objective(ttft=12, itl=2, goodput=0.9),
+    "slow": 7.0,
+    "overhead": lambda run: 12.0,
+}
+"""As `make compare` on a machine without fast products: 70 ms a token, so that five requests are all of a run."""
 
 
 class Clock:
@@ -44,22 +52,21 @@ class Clock:
 
 
 class Machine:
-    """Serves `slots` requests at once; its speed drifts, and is another in each run."""
+    """Serves `slots` requests at once, `slow` times as slowly; its speed drifts, and is another in each run."""
 
-    def __init__(self, slots: int, clock: Clock, noise: float, drift: float, dice) -> None:
-        self.slots, self.clock, self.noise, self.drift, self.dice = slots, clock, noise, drift, dice
+    def __init__(self, slots: int, clock: Clock, noise: float, drift: float, dice, slow: float) -> None:
+        self.slots, self.clock, self.noise, self.drift, self.dice, self.slow = slots, clock, noise, drift, dice, slow
 
     def run(self, url: str, load: Load, objective: Objective) -> Run:
-        slower = math.exp(self.dice.normal(0, self.noise) + self.drift * self.clock.now / 900)
-        workload = load.asks("m")
-        busy = workload.mean_answer * GAP * slower
+        slower = self.slow * math.exp(self.dice.normal(0, self.noise) + self.drift * self.clock.now / 900)
+        duration = max(load.duration, LEAST_REQUESTS / load.rate)
+        workload, end, answers = load.asks("m"), load.warmup + duration + objective.ttft, []
         free = [0.0] * self.slots
-        for place in range(min(self.slots, round(load.rate * busy))):
-            free[place] = float(self.dice.uniform(0, busy))
-        heapq.heapify(free)
-        end, answers = load.warmup + load.duration + objective.ttft, []
-        for number, (arrival, conversation) in enumerate(takewhile(lambda each: each[0] < end, load.sends(workload))):
-            tokens = conversation.turns[0].answer_tokens
+        under_way = min(self.slots, round(load.rate * workload.mean_answer * GAP * self.slow))
+        asked = [(0.0, request.answer_tokens) for request in workload.under_way(under_way)]
+        come = takewhile(lambda each: each[0] < end, load.sends(workload))
+        asked += [(arrival, conversation.turns[0].answer_tokens) for arrival, conversation in come]
+        for number, (arrival, tokens) in enumerate(asked):
             start = max(arrival, heapq.heappop(free)) + FIRST * slower
             heapq.heappush(free, start + tokens * GAP * slower)
             times = tuple(time for time in (start + np.arange(tokens) * GAP * slower).tolist() if time < end)
@@ -69,7 +76,7 @@ class Machine:
                 Answer("chat", str(number), arrival, arrival, last, times, 10, len(times), tokens, error=error)
             )
         self.clock.now += end + self.clock.overhead(next(self.clock.runs))
-        found = figures(answers, objective, load.warmup, load.warmup + load.duration, load.rate)
+        found = figures(answers, objective, load.warmup, load.warmup + duration, load.rate)
         return Run(found, answers, load.warmup, Client((0, 0), (0, 0), 0.1))
 
 
@@ -84,15 +91,19 @@ def compared(
     overhead=lambda run: OVERHEAD,
     save=lambda results: None,
     workloads=("chat",),
+    load=LOAD,
+    objective=OBJECTIVE,
+    slow=1.0,
     **more,
 ):
     """A whole comparison; returns its results and the seconds that it would have taken."""
     clock, dice = Clock(overhead), np.random.default_rng(seed)
-    machines = dict(zip(SIDES, (Machine(each, clock, noise, drift, dice) for each in slots), strict=True))
+    machines = dict(zip(SIDES, (Machine(each, clock, noise, drift, dice, slow) for each in slots), strict=True))
 
     def warm_up(url, load):
         clock.now += load.warmup + load.duration + OVERHEAD
-        return float(np.exp(dice.normal(0, 0.4))) * machines[url].slots, GAP
+        busy = load.asks("m").mean_answer * GAP * slow
+        return float(np.exp(dice.normal(0, 0.4))) * machines[url].slots / busy, GAP * slow
 
     class Pace:
         def __init__(self, _):
@@ -107,8 +118,7 @@ def compared(
     monkeypatch.setattr(compare, "capacity_of", lambda url: math.nan)
     monkeypatch.setattr(compare, "prefix_cache", lambda url: (math.nan, math.nan))
     monkeypatch.setattr(Comparison, "_observed", lambda self, side: nullcontext(side))
-    load = Load(**vars(LOAD) | {"seed": seed, "arrival": arrival})
-    plan = Plan(workloads, OBJECTIVE, load, minutes=minutes, **more)
+    plan = Plan(workloads, objective, replace(load, seed=seed, arrival=arrival), minutes=minutes, **more)
     results = Comparison(plan, {}, dict.fromkeys(SIDES, "")).measure(lambda _: None, save)
     return results, clock.now
 
@@ -136,6 +146,16 @@ def test_planted_ratios_are_told_right_in_a_quarter_of_an_hour(monkeypatch, slot
     else:  # a difference that is sure ends the search before
         assert np.median([each.high / each.low for each in intervals]) <= 1.35
     assert max(seconds for _, seconds in found) <= 15 * 60
+
+
+@pytest.mark.parametrize("tries", [20, pytest.param(100, marks=NIGHTLY)])
+def test_a_slow_machine_tells_servers_apart_too_and_equal_ones_not(monkeypatch, tries):
+    equal = [compared(monkeypatch, (5, 5), seed, **SLOW) for seed in range(tries)]
+    more = [compared(monkeypatch, (10, 13), seed, **SLOW) for seed in range(tries)]
+    assert np.mean(["no difference" in verdict.verdict(results, "chat") for results, _ in equal]) >= 0.95
+    assert np.mean(["B serves more" in verdict.verdict(results, "chat") for results, _ in more]) >= 0.8
+    assert np.median([each.high / each.low for each in (results.gain["chat"] for results, _ in equal)]) <= 1.55
+    assert max(seconds for _, seconds in equal + more) <= 15.5 * 60
 
 
 def test_a_time_that_is_over_ends_the_search_and_says_how_little_is_known(monkeypatch):
