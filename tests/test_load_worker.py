@@ -49,4 +49,4 @@ def test_locusts_help_has_our_options_with_their_defaults():
     ours = " ".join(shown.split())
     assert "--workload {" in ours
     assert "Multiplies all lengths, for small models and machines. Default: 1." in ours
-    assert "How an open loop sends; closed: each user asks in turn. Default: closed." in ours
+    assert "each user asks in turn; constant: as evenly as can be, lengths too. Default: closed." in ours
