@@ -26,7 +26,7 @@ def figures(smollm2, tmp_path_factory):
     beside = {"freeze": Served.open(str(smollm2), freeze)}
     for name, changes in PLANS.items():
         plan = source.planned(changes)
-        fitted = fit(source, plan, prose("calibration"), tokens=8192, length=512, seed=0)
+        fitted = fit(source, plan, prose("calibration"), tokens=8192, length=512, seed=0) if plan.fitted else None
         folder = tmp_path_factory.mktemp(name) / "planned"
         write_planned(source, plan, folder, fitted)
         beside[name] = Served.open(str(folder))
