@@ -243,7 +243,7 @@ def test_metrics_are_taken_from_a_prometheus(server, tmp_path):
 @pytest.mark.slow  # as two engines start, one after the other
 def test_each_side_is_started_for_its_turn(smollm2, tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    options = ["--in-turn", "--max-model-len", "512", "--enforce-eager"]
+    options = ["--minutes", "6", "--in-turn", "--max-model-len", "512", "--enforce-eager"]  # time for two turns
     command = [
         *COMMAND,
         str(smollm2),

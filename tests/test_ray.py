@@ -55,7 +55,7 @@ def process(*command: str, log: Path):
 def application(tmp_path_factory):
     """`serve run` with the example's own configuration; gives its process, a URL and the model."""
     if not SERVE.exists():
-        pytest.skip("ray[serve] is not installed: make test-slow installs it")
+        pytest.skip("ray[serve] is not installed: make test-all installs it")
     folder, port = tmp_path_factory.mktemp("ray"), free_port()
     config = yaml.safe_load((FOLDER / "serve.yaml").read_text())
     config["http_options"]["port"] = port
