@@ -158,11 +158,11 @@ def router(*urls: str):
 
 
 def processes_of(url: str) -> list[psutil.Process]:
-    """The server that listens there, and all that it started."""
+    """The supervisor of the server that listens there, which is what a pod's end is told to, and all that it started."""
     port = httpx.URL(url).port
     (pid,) = {each.pid for each in psutil.net_connections("tcp") if each.laddr.port == port and each.status == "LISTEN"}
-    server = psutil.Process(pid)
-    return [server, *server.children(recursive=True)]
+    supervisor = psutil.Process(pid).parent()
+    return [supervisor, *supervisor.children(recursive=True)]
 
 
 @contextmanager
@@ -208,15 +208,15 @@ def test_the_probes_and_options_of_the_chart_are_the_router_s(survivor):
 
 def test_a_replica_that_is_ended_loses_nothing(survivor, victim):
     """As Kubernetes ends a pod: it finishes what it was asked, and the other answers the rest."""
-    server = processes_of(victim)[0]
+    supervisor = processes_of(victim)[0]
     with router(survivor, victim) as url, httpx.Client(base_url=url, timeout=120) as client:
-        done = load(client, VICTIM, lambda: server.send_signal(signal.SIGTERM))
+        done = load(client, VICTIM, lambda: supervisor.send_signal(signal.SIGTERM))
     assert done.outcomes == {"answered": REQUESTS}, done.told
     assert {answer.replica for answer in done.streaming} == {VICTIM}
     assert len(done.late) > CLIENTS
     # It may have taken one more before it heard of its end.
     assert {answer.replica for answer in done.late if answer.began > done.hurt + 1} == {SURVIVOR}
-    assert server.wait(60) == 0
+    assert supervisor.wait(60) == 0
 
 
 def test_a_killed_replica_loses_only_what_it_was_streaming(survivor, victim):
