@@ -1,8 +1,9 @@
-"""Engines in processes of their own, several at once: for a card that has room for many."""
+"""Engines in processes of their own: several at once, for a card that has room for many; on a CPU in one, in turn."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -10,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from tests.answers import Answer
+from tests.triton_interpreter import interpret
 
 SECONDS = 280
 """For one engine, from its start to its end."""
@@ -32,20 +34,28 @@ class Job:
     settings: dict[str, Any]
     asks: tuple[Ask, ...]
     environment: dict[str, str] = field(default_factory=dict)
+    within: Callable[[], AbstractContextManager[None]] = nullcontext
+    """What its process is changed by meanwhile."""
 
 
 @dataclass(frozen=True)
 class Done:
-    """What it answered, an ask each, and how many requests were preempted."""
+    """What it answered, an ask each, and vLLM's counters in the end."""
 
     answers: list[list[Answer]]
-    preempted: int
+    counters: dict[str, int]
 
 
 def run(jobs: Mapping[str, Job], at_once: int) -> "dict[str, Future[Done]]":
     """Run all jobs; a job that fails harms no other, and raises when its result is asked for."""
     with ThreadPoolExecutor(at_once) as threads:
         return {name: threads.submit(_apart, job) for name, job in jobs.items()}
+
+
+def run_interpreted(jobs: Mapping[str, Job]) -> "dict[str, Future[Done]]":
+    """Run all jobs under Model Runner V2 on a CPU; a job that fails harms no other."""
+    with ProcessPoolExecutor(1, get_context("spawn"), interpret) as pool:
+        return {name: pool.submit(_engine, job) for name, job in jobs.items()}
 
 
 def _apart(job: Job) -> Done:
@@ -59,17 +69,23 @@ def _apart(job: Job) -> Done:
 
 
 def _engine(job: Job) -> Done:
-    """In the process of its own, with few threads, and what it compiles in a folder of its own."""
-    with TemporaryDirectory() as cache:
+    """In another process than the tests', with few threads, and what it compiles in a folder of its own."""
+    with TemporaryDirectory() as cache, job.within():
         few = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "2"}
         tried = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_EXT_UNPROVED": "1", "VLLM_CACHE_ROOT": cache}
         os.environ |= {**few, **os.environ, **tried, **job.environment}
-        return _asked(job)
+        from tests.engines import end_kept
+
+        try:
+            return _asked(job)
+        finally:
+            end_kept()
 
 
 def _asked(job: Job) -> Done:
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
+    from vllm.v1.metrics.reader import Counter
 
     from tests.engines import engine
 
@@ -85,5 +101,5 @@ def _asked(job: Job) -> Done:
                 chosen = zip(output.logprobs, output.token_ids, strict=True)
                 answers.append(Answer(list(output.token_ids), [row[token].logprob for row, token in chosen], []))
             done.append(answers)
-        counted = [metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"]
-    return Done(done, int(sum(counted)))
+        counters = {each.name: each.value for each in llm.get_metrics() if isinstance(each, Counter)}
+    return Done(done, counters)

@@ -158,7 +158,7 @@ def router(*urls: str):
 
 
 def processes_of(url: str) -> list[psutil.Process]:
-    """The supervisor of the server that listens there, which is what a pod's end is told to, and all that it started."""
+    """The supervisor of the server that listens there, which a pod's end is told to, and all that it started."""
     port = httpx.URL(url).port
     (pid,) = {each.pid for each in psutil.net_connections("tcp") if each.laddr.port == port and each.status == "LISTEN"}
     supervisor = psutil.Process(pid).parent()

@@ -1,7 +1,7 @@
 """Window layers' attention by itself: what each device's kernels make of a step, against attention written out.
 
-The kernels for GPUs run in Triton's interpreter, in a process of its own (`python -m tests.test_window_kernels`), since
-vLLM for CPUs leaves Triton out. That proves their arithmetic, not what a GPU's compiler makes of them.
+The kernels for GPUs run in Triton's interpreter, in a process of its own (`python -m tests.test_window_kernels`). That
+proves their arithmetic, not what a GPU's compiler makes of them.
 """
 
 import os
@@ -11,6 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
+from tests.triton_interpreter import interpret
 
 KV_HEADS, GROUPS, SIZE, SCALE = 2, 2, 32, 0.3
 # Of each request of a step, how many tokens are computed already, and how many are new.
@@ -122,7 +124,7 @@ def test_what_has_no_slot_is_not_kept():
 
 def test_on_a_gpu():
     """In Triton's interpreter."""
-    settings = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    settings = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "tests.test_window_kernels"], env=settings, capture_output=True, text=True, timeout=300
     )
@@ -132,14 +134,7 @@ def test_on_a_gpu():
 
 def _triton() -> int:
     """Compare what the kernels for GPUs make of some steps; returns of how many."""
-    import triton.backends
-
-    class Driver:
-        @staticmethod
-        def is_active() -> bool:
-            return False
-
-    triton.backends.backends = {"cpu": SimpleNamespace(driver=Driver)}  # or vLLM for CPUs leaves Triton out
+    interpret()
     from vllm.config import CUDAGraphMode
     from vllm.v1.attention.backends import triton_attn
 
