@@ -55,7 +55,7 @@ VARIANTS = {
     "preemption": {"num_gpu_blocks_override": 48, "enable_prefix_caching": False},
     "structured output": {"skip_tokenizer_init": False},
     "V1": {},
-    "windows in Triton": {},
+    "windows in Triton": {"block_size": 32},
     "scheduled ahead": {"async_scheduling": True},
     "speculation": {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1}},
 }
@@ -131,7 +131,7 @@ class Engines:
         if variant == "speculation":
             asks = (Ask(prompts((1, 15, 33)), {"max_tokens": NEW_TOKENS, "allowed_token_ids": [3, 4, 5]}),)
         if variant == "windows in Triton":
-            asks = (Ask(prompts((1, 15, 33)), {"max_tokens": 4}),) * 2
+            asks = (Ask(prompts((1, 33, 110)), {"max_tokens": 4}),) * 2
         environment = {"VLLM_USE_V2_MODEL_RUNNER": "0"} if variant == "V1" else {}
         return Job(self.folder(case), settings, asks, environment, WITHIN.get(variant, nullcontext))
 
