@@ -15,6 +15,11 @@ PLAN = {
     4: LayerPlan("skip", consolidation="linear", rank=8),
     5: LayerPlan("skip", consolidation="linear"),
 }
+TAIL = {
+    3: LayerPlan("skip", consolidation="bias"),
+    4: LayerPlan("skip", consolidation="linear", rank=8),
+    5: LayerPlan("skip", consolidation="bias"),
+}
 
 
 @pytest.mark.parametrize("family", ["Llama", "Gemma3", "Phi3"])
@@ -22,6 +27,14 @@ def test_equals_the_reference(tiny_models, tmp_path, family):
     folder = write_random(tiny_models(family), tmp_path / family, PLAN)
     reference = Reference(folder, PLAN)
     with engine(folder) as llm:
+        assert_same(answers(llm, prompts()), [reference.answer(prompt, NEW_TOKENS) for prompt in prompts()])
+
+
+@pytest.mark.parametrize("changes", [TAIL, PLAN], ids=["tail", "middle"])
+def test_compiled_equals_the_reference(tiny_models, tmp_path, changes):
+    folder = write_random(tiny_models("Llama"), tmp_path / "planned", changes)
+    reference = Reference(folder, changes)
+    with engine(folder, enforce_eager=False) as llm:
         assert_same(answers(llm, prompts()), [reference.answer(prompt, NEW_TOKENS) for prompt in prompts()])
 
 

@@ -87,17 +87,21 @@ ON_CPU = [
     *(("Llama", "mixed", "eager", variant) for variant in VARIANTS if variant not in ("fp8 KV", "V1")),
     *(("Llama", head, "eager", "") for head in HEADS),
 ]
+COMPILED_ON_CPU = [("Llama", plan, "compiled", "") for plan in ("stock", *PLANS, *HEADS)]
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
-DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
+SETUPS = [
+    pytest.param(("cpu", ON_CPU), id="cpu"),
+    pytest.param(("cpu", COMPILED_ON_CPU), id="cpu compiled", marks=pytest.mark.nightly),
+    pytest.param(("cuda", CASES), id="cuda", marks=GPU),
+]
 
 
 class Engines:
     """What all engines of a device answered."""
 
-    def __init__(self, device, tiny_models, root) -> None:
-        self.device, self.tiny_models, self.root = device, tiny_models, root
-        self.cases = CASES if device == "cuda" else ON_CPU
+    def __init__(self, device, cases, tiny_models, root) -> None:
+        self.device, self.cases, self.tiny_models, self.root = device, cases, tiny_models, root
         for case in self.cases:
             self.folder(case)  # written before the engines start
         jobs = {str(case): self._job(case) for case in self.cases}
@@ -145,9 +149,9 @@ class Engines:
         return Reference(self.folder(case), PLANS.get(plan, {}))
 
 
-@pytest.fixture(scope="module", params=DEVICES)
+@pytest.fixture(scope="module", params=SETUPS)
 def engines(request, tiny_models, tmp_path_factory):
-    return Engines(request.param, tiny_models, tmp_path_factory.mktemp("gpu"))
+    return Engines(*request.param, tiny_models, tmp_path_factory.mktemp("engines"))
 
 
 def cases(engines, *plans, variants=("",)):

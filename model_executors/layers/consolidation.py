@@ -48,10 +48,11 @@ class Consolidation(nn.Module):
 
     def forward(self, positions: object, hidden_states: torch.Tensor, **unused: object) -> torch.Tensor:
         """`[num_tokens, hidden_size]`, what the attention would have read, to what is added in its place."""
+        bias = self.bias if self.adds_bias else None
         if self.up is None:
-            # A tensor of its own: the norm that follows may write into it.
-            added = torch.zeros_like(hidden_states)
-        else:
-            entering = hidden_states if self.down is None else self.down(hidden_states)[0]
-            added = self.up(entering)[0]
-        return added + self.bias if self.bias is not None and self.adds_bias else added
+            # A tensor of its own: the norm that follows may write into it. Not as zeros and a bias, of which Inductor
+            # would make the bias alone, and fail over the rows' unknown number.
+            return torch.zeros_like(hidden_states) if bias is None else bias.repeat(len(hidden_states), 1)
+        entering = hidden_states if self.down is None else self.down(hidden_states)[0]
+        added = self.up(entering)[0]
+        return added if bias is None else added + bias
