@@ -1,13 +1,12 @@
 """What vLLM calls back: each name resolves as vLLM resolves it, and each hook is what each model runner asks for.
 
-No engine of Model Runner V2 runs here, since it needs a GPU: its interfaces are held by their signatures.
+`test_model_runner_v2.py` has engines of the one, most other files of the other.
 """
 
 import inspect
 from importlib import import_module
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from vllm import SamplingParams
@@ -117,27 +116,6 @@ def test_the_configuration_is_checked_by_vllms_hook():
         inspect.signature(each.verify_and_update_config) for each in (AttentionPlanConfig, VerifyAndUpdateConfig)
     )
     assert list(ours.parameters) == list(theirs.parameters)
-
-
-def test_a_preempted_requests_own_tokens_are_no_prompt_under_v2(tiny_models):
-    """Its prompt of 9 and 5 generated tokens are computed anew: V2 calls all of them prefill, in three steps here."""
-    config = configure(tiny_models("Llama"), FREEZE)
-    prompt_len = SimpleNamespace(np=np.array([99, 9, 30], dtype=np.int32))
-    FrozenPrompts(config, SimpleNamespace(prompt_len=prompt_len))
-
-    def step(seq_lens, query_lens):
-        bounds = torch.tensor([0, *query_lens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        common = SimpleNamespace(
-            req_idx=np.array([1, 2]),
-            seq_lens_cpu_upper_bound=torch.tensor(seq_lens, dtype=torch.int32),
-            query_start_loc_cpu=bounds,
-            is_prefilling=torch.tensor([True, True]),
-        )
-        return in_prompt(common, config).tolist()
-
-    assert step([4, 20], [4, 20]) == [True, True]
-    assert step([9, 30], [5, 10]) == [True, True]
-    assert step([14, 31], [5, 1]) == [False, False]
 
 
 def test_what_v1_says_of_prompts_is_taken(tiny_models):

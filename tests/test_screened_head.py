@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from vllm import SamplingParams
+from vllm.config import VllmConfig
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 
@@ -186,6 +187,11 @@ def test_refuses(tiny_models, settings, message):
     overrides = Served.open(str(folder), None, "screened").hf_overrides()
     with pytest.raises(ValueError, match=message), engine(folder, hf_overrides=overrides, **settings):
         pass
+
+
+def test_refuses_the_model_runner_that_does_not_tell_it_of_the_batch(tiny_models, monkeypatch):
+    monkeypatch.setattr(VllmConfig, "use_v2_model_runner", True)
+    test_refuses(tiny_models, {}, "set VLLM_USE_V2_MODEL_RUNNER=0")
 
 
 def test_a_stock_checkpoint_is_laid_over_with_a_plan_of_all_full(tiny_models):

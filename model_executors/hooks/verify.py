@@ -116,6 +116,8 @@ def _head_problems(head: HeadPlan, vllm_config: VllmConfig) -> Iterator[str]:
         yield "--head screened: with speculation vLLM does not say what each row's request needs; drop one of them"
     if head.kind == "screened" and vllm_config.device_config.device_type != "cpu":
         yield "--head screened: its packed kernel is torch's for CPUs; take --head stock on other devices"
+    if head.kind == "screened" and vllm_config.use_v2_model_runner:
+        yield "--head screened: its watch over the batch is for vLLM's Model Runner V1; set VLLM_USE_V2_MODEL_RUNNER=0"
 
 
 def _window_problems(plan: AttentionPlan, vllm_config: VllmConfig) -> Iterator[str]:
