@@ -29,7 +29,7 @@ from tests.fitted import write_random
 from tests.reference import Reference
 from tests.side_by_side import Ask, Done, Job, run, run_interpreted
 from tests.tiny import prompts, tokenizer
-from tests.triton_interpreter import scheduled_ahead, windows_in_triton
+from tests.triton_interpreter import attention_in_triton, scheduled_ahead
 
 NEW_TOKENS = 24
 LENGTHS = (1, 2, 15, 16, 17, 33, 129, 200)
@@ -55,13 +55,13 @@ VARIANTS = {
     "preemption": {"num_gpu_blocks_override": 48, "enable_prefix_caching": False},
     "structured output": {"skip_tokenizer_init": False},
     "V1": {},
-    "windows in Triton": {"block_size": 32},
+    "attention in Triton": {"block_size": 16},
     "scheduled ahead": {"async_scheduling": True},
     "speculation": {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1}},
 }
 COUNTED = {"preemption": "vllm:num_preemptions", "speculation": "vllm:spec_decode_num_accepted_tokens"}
-WITHIN = {"windows in Triton": windows_in_triton, "scheduled ahead": scheduled_ahead}
-"""On a CPU: what a GPU's engines have of themselves. In Triton a window takes the interpreter seconds a step."""
+WITHIN = {"attention in Triton": attention_in_triton, "scheduled ahead": scheduled_ahead}
+"""On a CPU: what a GPU's engines have of themselves. In Triton attention takes the interpreter seconds a step."""
 BOUNDS = {"cpu": (2e-4, 2e-4), "cuda": (0.18, 1.2), "fp8 KV": (0.6, 3.0)}
 """Nats that an engine's tokens may be off in the mean, and that 1 in 20 may exceed. In bfloat16 on a CPU half of the
 tokens of these models were less than 0.06 off. A window of one token too many or too few is 0.25 off in the mean, a
@@ -134,8 +134,8 @@ class Engines:
             asks = (Ask(prompts(tuple(range(112, 128))), {"max_tokens": NEW_TOKENS}),)
         if variant == "speculation":
             asks = (Ask(prompts((1, 15, 33)), {"max_tokens": NEW_TOKENS, "allowed_token_ids": [3, 4, 5]}),)
-        if variant == "windows in Triton":
-            asks = (Ask(prompts((1, 33, 110)), {"max_tokens": 4}),) * 2
+        if variant == "attention in Triton":
+            asks = (Ask(prompts((1, 17, 70)), {"max_tokens": 4}),) * 2
         environment = {"VLLM_USE_V2_MODEL_RUNNER": "0"} if variant == "V1" else {}
         return Job(self.folder(case), settings, asks, environment, WITHIN.get(variant, nullcontext))
 

@@ -43,11 +43,16 @@ def _with_true_masks(access: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def windows_in_triton() -> Iterator[None]:
-    """Window layers take what they take on a GPU."""
+def attention_in_triton() -> Iterator[None]:
+    """All layers attend by vLLM's Triton kernel, as on a GPU without FlashAttention, and windows as on any GPU."""
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
     from model_executors.layers import window, window_triton
 
+    chosen = AttentionBackendEnum.TRITON_ATTN.get_path()
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(current_platform), "get_attn_backend_cls", lambda *_, **__: chosen)
         patch.setattr(window, "window_backend", lambda stock: window_triton.WindowBackend)
         # vLLM's kernel that writes the KV cache asks for it.
         patch.setattr("torch.cuda.get_device_capability", lambda *_: (9, 0))
