@@ -29,6 +29,7 @@ FIRST = (
     "test_engine_modes",
     "test_faults",
     "served",
+    "test_model_runner_v2",
     "test_dashboards",
     "test_fallback_head",
     "test_bench",

@@ -35,7 +35,7 @@ class Job:
     asks: tuple[Ask, ...]
     environment: dict[str, str] = field(default_factory=dict)
     within: Callable[[], AbstractContextManager[None]] = nullcontext
-    """What its process is changed by meanwhile."""
+    """What of its process is changed meanwhile."""
 
 
 @dataclass(frozen=True)

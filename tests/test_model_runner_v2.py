@@ -90,9 +90,10 @@ ON_CPU = [
 COMPILED_ON_CPU = [("Llama", plan, "compiled", "") for plan in ("stock", *PLANS, *HEADS)]
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM serves from the GPU here")
 SETUPS = [
-    pytest.param(("cpu", ON_CPU), id="cpu"),
-    pytest.param(("cpu", COMPILED_ON_CPU), id="cpu compiled", marks=pytest.mark.nightly),
+    pytest.param(("cpu", ON_CPU), id="cpu", marks=CPU),
+    pytest.param(("cpu", COMPILED_ON_CPU), id="cpu compiled", marks=[CPU, pytest.mark.nightly]),
     pytest.param(("cuda", CASES), id="cuda", marks=GPU),
 ]
 
