@@ -10,6 +10,7 @@ stock's very tokens.
 """
 
 import re
+import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -110,12 +111,13 @@ class Engines:
 
     def folder(self, case):
         family, plan, _, _ = case
-        stock = self.tiny_models(family)
-        if not (stock / "tokenizer.json").exists():
+        stock = self.root / family
+        if not stock.exists():
+            shutil.copytree(self.tiny_models(family), stock)
             tokenizer().save_pretrained(stock)
         if plan == "stock":
             return stock
-        folder = self.root / f"{self.device} {family} {plan}"
+        folder = self.root / f"{family} {plan}"
         if not folder.exists():
             if plan in HEADS:
                 write_with_heads(stock, folder, PLANS["skip"], HEADS[plan], plan)
