@@ -158,6 +158,31 @@ def test_a_slow_machine_tells_servers_apart_too_and_equal_ones_not(monkeypatch, 
     assert max(seconds for _, seconds in equal + more) <= 15.5 * 60
 
 
+def kept_at(slots):
+    """Requests a second at which half of the draws of a run hold the promise, on a slow machine without noise."""
+    machine = Machine(slots, Clock(lambda _: 0.0), 0.0, 0.0, np.random.default_rng(0), SLOW["slow"])
+
+    def held(rate, seed):
+        load = replace(SLOW["load"], rate=rate, seed=seed, arrival="constant")
+        return machine.run("", load, SLOW["objective"]).figures.held(SLOW["objective"])
+
+    low, high = 0.05, 2.0
+    for _ in range(9):
+        middle = math.sqrt(low * high)
+        half = np.mean([held(middle, seed) for seed in range(20)]) >= 0.5
+        low, high = (middle, high) if half else (low, middle)
+    return low
+
+
+def test_a_slow_machines_ratio_is_that_of_rates_and_not_of_slots(monkeypatch):
+    """In a run of few requests more slots keep more promises than in proportion."""
+    gain = kept_at(8) / kept_at(5)
+    assert gain == pytest.approx(1.73, rel=0.03)
+    intervals = [compared(monkeypatch, (5, 8), seed, **SLOW)[0].gain["chat"] for seed in range(12)]
+    assert np.mean([each.low <= gain <= each.high for each in intervals]) >= 0.85
+    assert np.median([each.value for each in intervals]) == pytest.approx(gain, rel=0.08)
+
+
 def test_a_time_that_is_over_ends_the_search_and_says_how_little_is_known(monkeypatch):
     results, seconds = compared(monkeypatch, (10, 13), 0, minutes=6)
     assert seconds <= 6 * 60
