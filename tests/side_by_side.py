@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -34,7 +34,7 @@ class Job:
     settings: dict[str, Any]
     asks: tuple[Ask, ...]
     environment: dict[str, str] = field(default_factory=dict)
-    within: Callable[[], AbstractContextManager[None]] = nullcontext
+    within: tuple[Callable[[], AbstractContextManager[None]], ...] = ()
     """What of its process is changed meanwhile."""
 
 
@@ -70,7 +70,9 @@ def _apart(job: Job) -> Done:
 
 def _engine(job: Job) -> Done:
     """In another process than the tests', with few threads, and what it compiles in a folder of its own."""
-    with TemporaryDirectory() as cache, job.within():
+    with TemporaryDirectory() as cache, ExitStack() as stack:
+        for change in job.within:
+            stack.enter_context(change())
         few = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "2"}
         tried = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_EXT_UNPROVED": "1", "VLLM_CACHE_ROOT": cache}
         os.environ |= {**few, **os.environ, **tried, **job.environment}

@@ -2,7 +2,7 @@
 
 `make test-gpu` on a machine with an NVIDIA GPU: engines of tiny random models run side by side, so that all of it takes
 minutes. What passes there may stand in `model_executors/evidence.py`. On a CPU the same runner serves the same engines,
-its kernels in Triton's interpreter: all but graphs and the GPU's own kernels.
+its kernels in Triton's interpreter, its graphs as `graphs.py` has them: all but what the GPU's own kernels make.
 
 Answers are held to the reference token by token, each after the engine's own tokens: the chosen token is the best one
 by the reference, or within what rounding can do, and its log-probability is the reference's. A plan of all full gives
@@ -11,7 +11,7 @@ stock's very tokens.
 
 import re
 import shutil
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -24,9 +24,11 @@ from model_executors.heads.exact_rows import exact_scores
 from model_executors.heads.fallback_head import FallbackHead
 from model_executors.heads.head_metrics import HeadMetrics
 from model_executors.heads.head_plan import HeadShape
+from model_executors.layers import freeze
 from tests.answers import Answer
 from tests.character_heads import PLACES, CharacterReference, random_spellings, random_tensors, write_with_heads
 from tests.fitted import write_random
+from tests.graphs import graphs
 from tests.reference import Reference
 from tests.side_by_side import Ask, Done, Job, run, run_interpreted
 from tests.tiny import prompts, tokenizer
@@ -49,19 +51,31 @@ PLANS = {
 }
 HEADS = {"character": 0.3, "rescored": 0.85}
 """With thresholds that some rows fall below."""
-MODES = {"compiled": {"enforce_eager": False}, "eager": {"enforce_eager": True}}
+MODES = {
+    "compiled": {"enforce_eager": False},
+    "eager": {"enforce_eager": True},
+    "graphs": {  # on a CPU, where no graph sees into what Inductor makes
+        "enforce_eager": False,
+        "compilation_config": {
+            "mode": 3,
+            "backend": "eager",
+            "cudagraph_capture_sizes": [1, 2, 4, 8, 16],
+            "pass_config": {"fuse_norm_quant": False, "fuse_act_quant": False},
+        },
+    },
+}
 VARIANTS = {
     "chunked prefill": {"max_num_batched_tokens": 16, "max_num_seqs": 8, "enable_chunked_prefill": True},
     "fp8 KV": {"kv_cache_dtype": "fp8"},
     "preemption": {"num_gpu_blocks_override": 48, "enable_prefix_caching": False},
     "structured output": {"skip_tokenizer_init": False},
     "V1": {},
-    "attention in Triton": {"block_size": 16},
+    "attention in Triton": {"block_size": 16, "max_num_seqs": 4},
     "scheduled ahead": {"async_scheduling": True},
     "speculation": {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1}},
 }
 COUNTED = {"preemption": "vllm:num_preemptions", "speculation": "vllm:spec_decode_num_accepted_tokens"}
-WITHIN = {"attention in Triton": attention_in_triton, "scheduled ahead": scheduled_ahead}
+WITHIN = {"attention in Triton": attention_in_triton, "scheduled ahead": scheduled_ahead, "graphs": graphs}
 """On a CPU: what a GPU's engines have of themselves. In Triton attention takes the interpreter seconds a step."""
 BOUNDS = {"cpu": (2e-4, 2e-4), "cuda": (0.18, 1.2), "fp8 KV": (0.6, 3.0)}
 """Nats that an engine's tokens may be off in the mean, and that 1 in 20 may exceed. In bfloat16 on a CPU half of the
@@ -83,18 +97,26 @@ CASES = [
     *(("Llama", head, "compiled", "") for head in HEADS),
 ]
 ON_CPU = [
-    *(("Llama", plan, "eager", "") for plan in ("stock", *PLANS)),
+    *(("Llama", plan, "eager", "") for plan in ("stock", "full", "skip", "window")),
+    *(("Llama", plan, "graphs", "") for plan in ("freeze", "mixed")),
     *((family, "mixed", "eager", "") for family in ("Qwen3", "Gemma2")),
     *(("Llama", "mixed", "eager", variant) for variant in VARIANTS if variant not in ("fp8 KV", "V1")),
     *(("Llama", head, "eager", "") for head in HEADS),
 ]
-COMPILED_ON_CPU = [("Llama", plan, "compiled", "") for plan in ("stock", *PLANS, *HEADS)]
+AT_NIGHT = [
+    *(("Llama", plan, "compiled", "") for plan in ("stock", *PLANS, *HEADS)),
+    *(("Llama", plan, "graphs", "") for plan in ("stock", "full", "skip", "window", *HEADS)),
+    *((family, "mixed", "graphs", "") for family in ("Qwen3", "Gemma2")),
+    *(("Llama", "mixed", "graphs", variant) for variant in ("chunked prefill", "preemption", "speculation")),
+    ("Llama", "mixed", "graphs", "scheduled ahead"),
+    ("Llama", "window", "graphs", "attention in Triton"),
+]
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM serves from the GPU here")
 SETUPS = [
     pytest.param(("cpu", ON_CPU), id="cpu", marks=CPU),
-    pytest.param(("cpu", COMPILED_ON_CPU), id="cpu compiled", marks=[CPU, pytest.mark.nightly]),
+    pytest.param(("cpu", AT_NIGHT), id="cpu at night", marks=[CPU, pytest.mark.nightly]),
     pytest.param(("cuda", CASES), id="cuda", marks=GPU),
 ]
 
@@ -139,8 +161,11 @@ class Engines:
             asks = (Ask(prompts((1, 15, 33)), {"max_tokens": NEW_TOKENS, "allowed_token_ids": [3, 4, 5]}),)
         if variant == "attention in Triton":
             asks = (Ask(prompts((1, 17, 70)), {"max_tokens": 4}),) * 2
+            if mode == "graphs":
+                settings["compilation_config"] = settings["compilation_config"] | {"cudagraph_capture_sizes": [2, 4]}
         environment = {"VLLM_USE_V2_MODEL_RUNNER": "0"} if variant == "V1" else {}
-        return Job(self.folder(case), settings, asks, environment, WITHIN.get(variant, nullcontext))
+        within = tuple(WITHIN[each] for each in (variant, mode) if each in WITHIN)
+        return Job(self.folder(case), settings, asks, environment, within)
 
     def done(self, case) -> Done:
         return self.running[str(case)].result()
@@ -227,10 +252,28 @@ def test_all_full_gives_stocks_tokens(engines):
 
 @pytest.mark.parametrize("variant", [each for each in VARIANTS if each != "structured output"])
 def test_ways_of_running(engines, variant):
-    for case in cases(engines, "mixed", variants=(variant,)):
+    for case in cases(engines, "mixed", "window", variants=(variant,)):
         check(engines, case)
         if variant in COUNTED:
             assert engines.done(case).counters[COUNTED[variant]] > 0
+
+
+@contextmanager
+def nothing_of_their_own():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(freeze, "entering_buffer", lambda *_: None)
+        yield
+
+
+@CPU
+@pytest.mark.nightly
+def test_frozen_layers_without_memory_of_their_own_write_garbage(tiny_models, tmp_path):
+    """As they did on a GPU: their graphs are given the memory that they have yet to read."""
+    folder = tmp_path / "freeze"
+    write_random(tiny_models("Llama"), folder, PLANS["freeze"])
+    job = Job(folder, MODES["graphs"], ASKED["cpu"], {}, (nothing_of_their_own, graphs))
+    for answers in run_interpreted({"freeze": job})["freeze"].result().answers:
+        assert all(torch.tensor(each.logprobs).isnan().any() for each in answers)
 
 
 def test_structured_output(engines):

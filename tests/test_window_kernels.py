@@ -1,7 +1,8 @@
 """Window layers' attention by itself: what each device's kernels make of a step, against attention written out.
 
-The kernels for GPUs run in Triton's interpreter, in a process of its own (`python -m tests.test_window_kernels`). That
-proves their arithmetic, not what a GPU's compiler makes of them.
+The kernels for GPUs run in Triton's interpreter, in a process of its own (`python -m tests.test_window_kernels`), which
+proves their arithmetic; and Triton's compiler makes a GPU's code of them (`... 90` for compute capability 9.0), which
+nothing here runs.
 """
 
 import os
@@ -12,13 +13,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.triton_interpreter import interpret
+from tests.triton_interpreter import interpret, let_vllm_find_triton
 
 KV_HEADS, GROUPS, SIZE, SCALE = 2, 2, 32, 0.3
 # Of each request of a step, how many tokens are computed already, and how many are new.
 DECODE = ((0, 1), (5, 1), (15, 1), (19, 1), (20, 1), (100, 1))
 MIXED = ((0, 1), (100, 1), (0, 100), (50, 5), (3, 70), (31, 33), (200, 1), (63, 1), (0, 20), (5, 16), (0, 94), (0, 95))
 SPECULATED = ((60, 5), (16, 4), (200, 8))
+UNSCALED = SimpleNamespace(_k_scale=torch.ones(1), _v_scale=torch.ones(1), _q_scale=torch.ones(1))
 
 
 def step(requests, window, sink, block, dtype, write, softcap=0.0):
@@ -122,19 +124,38 @@ def test_what_has_no_slot_is_not_kept():
     assert impl.rows(cache)[32:].sum() == impl.rows(cache)[40].sum()  # block 0 is nobody's
 
 
+def _apart(*asked: str) -> list[str]:
+    """What this file prints as a program."""
+    settings = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_DEFAULT_FP_FUSION": "1"}
+    command = [sys.executable, "-m", "tests.test_window_kernels", *asked]
+    done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.split()
+
+
 def test_on_a_gpu():
     """In Triton's interpreter."""
-    settings = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.test_window_kernels"], env=settings, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split()[-1] == "10"
+    assert _apart()[-1] == "10"
 
 
-def _triton() -> int:
-    """Compare what the kernels for GPUs make of some steps; returns of how many."""
-    interpret()
+@pytest.mark.parametrize(
+    ("capability", "room"),
+    [
+        pytest.param("90", 227, id="H100"),
+        pytest.param("80", 163, id="A100", marks=pytest.mark.nightly),
+        pytest.param("100", 227, id="B200", marks=pytest.mark.nightly),
+    ],
+)
+def test_a_gpus_compiler_takes_them(capability, room, tmp_path, monkeypatch):
+    """Down to the GPU's own code, in the KiB of shared memory that it has for a kernel."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernels = _apart(capability)
+    assert kernels.count("kernel_unified_attention") == (4 if capability == "80" else 8)
+    assert max(int(each) for each in kernels if each.isdigit()) <= room * 1024
+
+
+def _window_on_a_gpu(window: int, sink: int, dtype: torch.dtype, held: str = "auto"):
+    """What prepares a step, and what attends."""
     from vllm.config import CUDAGraphMode
     from vllm.v1.attention.backends import triton_attn
 
@@ -151,13 +172,18 @@ def _triton() -> int:
         model_config=model,
         parallel_config=None,
         compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode.NONE),
-        scheduler_config=SimpleNamespace(max_num_seqs=8),
+        scheduler_config=SimpleNamespace(max_num_seqs=16),
     )
-    layer = SimpleNamespace(_k_scale=torch.ones(1), _v_scale=torch.ones(1), _q_scale=torch.ones(1))
+    builder = WindowMetadataBuilder(spec(window, sink, 16, dtype), [], config, torch.device("cpu"))
+    return builder, WindowImpl(KV_HEADS * GROUPS, SIZE, SCALE, KV_HEADS, None, window, held)
+
+
+def _interpreted() -> int:
+    """Compare what the kernels for GPUs make of some steps; returns of how many."""
+    interpret()
     compared = 0
     for window, sink in ((1, 1), (5, 5), (16, 4), (20, 16), (90, 4)):
-        builder = WindowMetadataBuilder(spec(window, sink, 16, torch.float32), [], config, torch.device("cpu"))
-        impl = WindowImpl(KV_HEADS * GROUPS, SIZE, SCALE, KV_HEADS, None, window, "auto")
+        builder, impl = _window_on_a_gpu(window, sink, torch.float32)
         for requests in (DECODE, (*SPECULATED, (33, 20), (100, 1))):
             cache = torch.zeros(200, KV_HEADS, 16, 2 * SIZE)
 
@@ -168,7 +194,7 @@ def _triton() -> int:
             lengths = common.seq_lens.clone()
             metadata = builder.build(0, common)
             output = torch.full_like(query, torch.nan)
-            impl.forward(layer, query, None, None, cache, metadata, output)
+            impl.forward(UNSCALED, query, None, None, cache, metadata, output)
             torch.testing.assert_close(output, expected, atol=1e-4, rtol=1e-4)
             # No more is read than the sink's block, the window with what it begins in, and the new tokens.
             new = common.query_start_loc.diff()
@@ -178,5 +204,34 @@ def _triton() -> int:
     return compared
 
 
+def _compiled(capability: int) -> None:
+    """Compile what decodes and what prefills, in bfloat16 and, where vLLM has it, with fp8 KV; print each kernel and
+    its bytes of shared memory.
+    """
+    global SIZE
+    let_vllm_find_triton()
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    target, launch = GPUTarget("cuda", capability, 32), JITFunction.run
+    here = {"get_current_device": lambda: 0, "get_current_stream": lambda _: 0, "get_current_target": lambda: target}
+    driver.set_active(SimpleNamespace(**here))
+
+    def compiled(kernel: JITFunction, *args: object, grid: object, warmup: bool, **named: object) -> None:
+        made = launch(kernel, *args, grid=grid, warmup=True, **named)
+        assert made.asm["cubin"]
+        print(made.name, made.metadata.shared)
+
+    JITFunction.run = compiled
+    for SIZE in (64, 128):
+        for held in ("auto", "fp8") if capability >= 89 else ("auto",):
+            builder, impl = _window_on_a_gpu(1024, 4, torch.bfloat16, held)
+            for requests in (DECODE, MIXED):
+                cache = torch.zeros(200, KV_HEADS, 16, 2 * SIZE, dtype=torch.uint8 if held == "fp8" else torch.bfloat16)
+                common, query, _ = step(requests, 90, 4, 16, torch.bfloat16, lambda *_: None)
+                impl.forward(UNSCALED, query, None, None, cache, builder.build(0, common), torch.empty_like(query))
+
+
 if __name__ == "__main__":
-    print(_triton())
+    _compiled(int(sys.argv[1])) if sys.argv[1:] else print(_interpreted())

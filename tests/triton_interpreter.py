@@ -2,7 +2,7 @@
 
 vLLM for CPUs takes V2 where it finds triton-cpu, which comes with no package that we know of. The interpreter runs the
 same kernels with numpy. That proves what they compute, and all of V2 around them; not what a GPU's compiler makes of
-them, nor graphs.
+them.
 """
 
 import inspect
@@ -21,13 +21,19 @@ if TYPE_CHECKING:
 def interpret() -> None:
     """Let vLLM find Triton, for CPUs, and take V2. To be called before either is imported."""
     os.environ |= {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
-    import triton.backends
-
-    triton.backends.backends = {"cpu": SimpleNamespace(driver=SimpleNamespace(is_active=lambda: False))}
+    let_vllm_find_triton()
     from triton.runtime.interpreter import InterpreterBuilder
 
     for name in ("create_masked_load", "create_masked_store"):
         setattr(InterpreterBuilder, name, _with_true_masks(getattr(InterpreterBuilder, name)))
+
+
+def let_vllm_find_triton() -> None:
+    """As vLLM for CPUs does where there is triton-cpu. To be called before vLLM is imported."""
+    from triton.backends import backends
+
+    nothing = SimpleNamespace(is_active=lambda: False, supports_target=lambda _: False)
+    backends["cpu"] = SimpleNamespace(driver=nothing, compiler=nothing)
 
 
 def _with_true_masks(access: Callable[..., Any]) -> Callable[..., Any]:

@@ -308,7 +308,8 @@ def entering_buffer(vllm_config: VllmConfig, device: torch.device) -> torch.Tens
 
     vLLM lets go of what a model's last graph returns, so the graphs that are captured next, those of the upper layers,
     would be given the same memory, and overwrite what they still have to read. vLLM's `gemma3n.py` says so of its own
-    two parts, and copies. It is the likely cause of the garbage that frozen layers wrote on a GPU; not proved there.
+    two parts, and copies. On a CPU, with graphs as `tests/graphs.py` has them, frozen layers answer without it
+    what is no number. On a GPU, where they wrote garbage before, it was not tried.
     """
     if vllm_config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE:
         return None
