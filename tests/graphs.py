@@ -48,11 +48,11 @@ MEMORY: dict[int, Memory] = {}
 """By address, all that graphs read or wrote. Kept, so that no address comes twice."""
 
 
-def at(tensor: torch.Tensor) -> torch.Tensor:
+def at(tensor: Any) -> Any:
     """The same memory as a tensor that does not hold it: vLLM's `weak_ref_tensor`, for CPUs."""
-    storage = tensor.untyped_storage()
-    if not storage.nbytes():
+    if not isinstance(tensor, torch.Tensor) or not tensor.untyped_storage().nbytes():
         return tensor
+    storage = tensor.untyped_storage()
     raw = (ctypes.c_ubyte * storage.nbytes()).from_address(storage.data_ptr())
     place = torch.frombuffer(raw, dtype=torch.uint8).untyped_storage()
     return torch.empty(0, dtype=tensor.dtype).set_(place, tensor.storage_offset(), tensor.size(), tensor.stride())

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,14 +44,14 @@ def each_shape_first(names: Iterable[str]) -> list:
     return marked
 
 
-def check(name: str, stock: Path, planned: Path) -> None:
-    """`stock` is the family's tiny model, and `planned` where to write it with the plan."""
+def check(name: str, stock: Path, planned: Path, **settings: Any) -> None:
+    """`stock` is the family's tiny model, and `planned` where to write it with the plan; `settings` go to the engine."""
     kinds = FAMILIES[f"{name}ForCausalLM"].kinds
     changes = {layer: plan for layer, plan in PLAN.items() if plan.kind in kinds}
     folder = write_random(stock, planned, changes)
     prompt_logprobs = "freeze" not in kinds
     reference = Reference(folder, changes)
     expected = [reference.answer(prompt, 4) for prompt in prompts(LENGTHS)]
-    with engine(folder) as llm:
+    with engine(folder, **settings) as llm:
         given = answers(llm, prompts(LENGTHS), 4, prompt_logprobs=prompt_logprobs)
     assert_same(given, expected, TOLERANCE.get(name, 2e-4), prompt_logprobs=prompt_logprobs)

@@ -6,6 +6,8 @@ from model_executors.families import FAMILIES, family_of
 from tests.parity import check, each_shape_first
 from tests.tiny import CONFIGS
 
+TRACED = ("Ernie4_5", "GraniteMoe")
+"""Those traced at every commit: one that vLLM compiles together with its head, and one with experts."""
 NATIVE = [name for name in CONFIGS if FAMILIES[f"{name}ForCausalLM"].module == "model_executors.layers.decoder"]
 
 
@@ -37,3 +39,12 @@ def test_refuses_an_architecture_without_a_row():
 @pytest.mark.parametrize("name", each_shape_first(NATIVE))
 def test_equals_the_reference(tiny_models, tmp_path, name):
     check(name, tiny_models(name), tmp_path / "planned")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(each, marks=[pytest.mark.nightly] * (each not in TRACED)) for each in NATIVE]
+)
+def test_traced_equals_the_reference(tiny_models, tmp_path, monkeypatch, name):
+    """As Dynamo traces it, which is where families differ; `test_decoder.py` has Inductor compile one."""
+    monkeypatch.setenv("VLLM_CPU_CI_ENV", "1")  # vLLM's own word for that
+    check(name, tiny_models(name), tmp_path / "planned", enforce_eager=False)

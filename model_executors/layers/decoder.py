@@ -40,6 +40,7 @@ class Tail(DeferredLayers):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`[num_sampled_tokens, hidden_size]`, from the stream that enters the tail to what the head reads."""
+        torch._check(hidden_states.shape[0] > 0)  # as experts ask
         return self.run([None] * len(self.parts[0]), hidden_states)
 
 
@@ -52,6 +53,9 @@ class AttentionPlanDecoder(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         self.plan = AttentionPlan.from_hf_config(vllm_config.model_config.hf_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
+        # vLLM compiles some families with their head, as one. Here the decoder is compiled alone, as of all others:
+        # which layers a step runs is decided between the parts.
+        self.do_not_compile = True
         self.vllm_config = vllm_config
         self.tail: Tail | None = None
         self.freeze: Freeze | None = None

@@ -257,6 +257,7 @@ class FrozenUpper(DeferredLayers):
         self, positions: torch.Tensor, hidden_states: torch.Tensor, index: torch.Tensor, generating: torch.Tensor
     ) -> torch.Tensor:
         """As `Upper`'s, for the rows `index` alone: `[num_rows, hidden_size]`."""
+        torch._check(index.shape[0] > 0)  # as experts ask
         selected = positions[index]
         given: list[torch.Tensor | FrozenPositions] = []
         for layer in self.parts[0]:
