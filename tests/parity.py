@@ -45,7 +45,7 @@ def each_shape_first(names: Iterable[str]) -> list:
 
 
 def check(name: str, stock: Path, planned: Path, **settings: Any) -> None:
-    """`stock` is the family's tiny model, and `planned` where to write it with the plan; `settings` go to the engine."""
+    """`stock` is the family's tiny model, and `planned` where it goes with the plan; `settings` are the engine's."""
     kinds = FAMILIES[f"{name}ForCausalLM"].kinds
     changes = {layer: plan for layer, plan in PLAN.items() if plan.kind in kinds}
     folder = write_random(stock, planned, changes)
