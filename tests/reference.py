@@ -1,6 +1,6 @@
 """The slow, obvious version: transformers, one whole forward pass a token, every attention written out in full."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -34,6 +34,8 @@ class Reference:
         self.frozen: torch.Tensor | None = None  # the state that enters the first frozen layer
         self.frozen_kv: tuple[torch.Tensor, torch.Tensor] | None = None
         self.collecting = False
+        self.held: Callable[[torch.Tensor, LayerPlan], torch.Tensor] = lambda each, _: each
+        """What a layer's KV cache makes of keys or values."""
         for number, plan in changes.items():
             attention = getattr(self.layers[number], self.family.attention)
             if plan.kind == "skip":
@@ -60,6 +62,8 @@ class Reference:
                 torch.cat([frozen[:, :, :prompt], own[:, :, prompt:]], 2)
                 for frozen, own in zip(self.frozen_kv, (key, value), strict=True)
             )
+        plan = self.changes.get(module.layer_idx, FULL)
+        key, value = self.held(key, plan), self.held(value, plan)
         heads, tokens = query.shape[1], query.shape[2]
         key, value = (each.repeat_interleave(heads // each.shape[1], 1) for each in (key, value))
         scores = query @ key.transpose(2, 3) * scaling
@@ -67,7 +71,6 @@ class Reference:
             scores = (scores / softcap).tanh() * softcap
         if attention_mask is not None:
             scores = scores + attention_mask
-        plan = self.changes.get(module.layer_idx, FULL)
         if plan.window is not None:
             for token in range(tokens):
                 scores[:, :, token, plan.sink : max(plan.sink, token - plan.window + 1)] = -torch.inf
@@ -90,6 +93,18 @@ class Reference:
     def logprobs(self, tokens: list[int]) -> torch.Tensor:
         """`[num_tokens, vocab_size]`; where layers are frozen, only those from the prompt's last on mean anything."""
         return self.model(torch.tensor([tokens]), use_cache=False).logits[0].float().log_softmax(-1)
+
+
+def fp8(numbers: torch.Tensor) -> torch.Tensor:
+    """As FP8 (E4M3) has them."""
+    return numbers.to(torch.float8_e4m3fn).float()
+
+
+def fp8_cut(numbers: torch.Tensor) -> torch.Tensor:
+    """As FP8 has them, rounded towards zero: so vLLM's kernel for CPUs holds keys and values."""
+    nearest = numbers.to(torch.float8_e4m3fn)
+    too_far = nearest.float().abs() > numbers.abs()
+    return (nearest.view(torch.uint8) - too_far.to(torch.uint8)).view(torch.float8_e4m3fn).float()
 
 
 def answers_apart(

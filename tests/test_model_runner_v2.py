@@ -29,7 +29,7 @@ from tests.answers import Answer
 from tests.character_heads import PLACES, CharacterReference, random_spellings, random_tensors, write_with_heads
 from tests.fitted import write_random
 from tests.graphs import graphs
-from tests.reference import Reference
+from tests.reference import Reference, fp8
 from tests.side_by_side import Ask, Done, Job, run, run_interpreted
 from tests.tiny import prompts, tokenizer
 from tests.triton_interpreter import attention_in_triton, scheduled_ahead
@@ -70,12 +70,17 @@ VARIANTS = {
     "preemption": {"num_gpu_blocks_override": 48, "enable_prefix_caching": False},
     "structured output": {"skip_tokenizer_init": False},
     "V1": {},
-    "attention in Triton": {"block_size": 16, "max_num_seqs": 4},
+    "attention in Triton": {},
     "scheduled ahead": {"async_scheduling": True},
     "speculation": {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1}},
 }
 COUNTED = {"preemption": "vllm:num_preemptions", "speculation": "vllm:spec_decode_num_accepted_tokens"}
-WITHIN = {"attention in Triton": attention_in_triton, "scheduled ahead": scheduled_ahead, "graphs": graphs}
+WITHIN = {
+    "attention in Triton": attention_in_triton,
+    "fp8 KV": attention_in_triton,
+    "scheduled ahead": scheduled_ahead,
+    "graphs": graphs,
+}
 """On a CPU: what a GPU's engines have of themselves. In Triton attention takes the interpreter seconds a step."""
 BOUNDS = {"cpu": (2e-4, 2e-4), "cuda": (0.18, 1.2), "fp8 KV": (0.6, 3.0)}
 """Nats that an engine's tokens may be off in the mean, and that 1 in 20 may exceed. In bfloat16 on a CPU half of the
@@ -93,7 +98,7 @@ ASKED = {  # each again, from the prefix cache
 CASES = [
     *(("Llama", plan, mode, "") for plan in ("stock", *PLANS) for mode in MODES),
     *((family, plan, "compiled", "") for family in ("Qwen3", "Gemma2") for plan in ("stock", "full", "mixed")),
-    *(("Llama", "mixed", "compiled", variant) for variant in VARIANTS if variant not in WITHIN),
+    *(("Llama", "mixed", "compiled", variant) for variant in VARIANTS if variant not in WITHIN or variant == "fp8 KV"),
     *(("Llama", head, "compiled", "") for head in HEADS),
 ]
 ON_CPU = [
@@ -109,6 +114,7 @@ AT_NIGHT = [
     *((family, "mixed", "graphs", "") for family in ("Qwen3", "Gemma2")),
     *(("Llama", "mixed", "graphs", variant) for variant in ("chunked prefill", "preemption", "speculation")),
     ("Llama", "mixed", "graphs", "scheduled ahead"),
+    ("Llama", "mixed", "eager", "fp8 KV"),
     ("Llama", "window", "graphs", "attention in Triton"),
 ]
 
@@ -159,12 +165,13 @@ class Engines:
             asks = (Ask(prompts(tuple(range(112, 128))), {"max_tokens": NEW_TOKENS}),)
         if variant == "speculation":
             asks = (Ask(prompts((1, 15, 33)), {"max_tokens": NEW_TOKENS, "allowed_token_ids": [3, 4, 5]}),)
-        if variant == "attention in Triton":
+        if WITHIN.get(variant) is attention_in_triton and self.device == "cpu":
+            settings |= {"block_size": 16, "max_num_seqs": 4}
             asks = (Ask(prompts((1, 17, 70)), {"max_tokens": 4}),) * 2
             if mode == "graphs":
                 settings["compilation_config"] = settings["compilation_config"] | {"cudagraph_capture_sizes": [2, 4]}
         environment = {"VLLM_USE_V2_MODEL_RUNNER": "0"} if variant == "V1" else {}
-        within = tuple(WITHIN[each] for each in (variant, mode) if each in WITHIN)
+        within = tuple(WITHIN[each] for each in (variant, mode) if each in WITHIN and self.device == "cpu")
         return Job(self.folder(case), settings, asks, environment, within)
 
     def done(self, case) -> Done:
@@ -174,7 +181,10 @@ class Engines:
         plan = case[1]
         if plan in HEADS:
             return CharacterReference(self.folder(case), PLANS["skip"])
-        return Reference(self.folder(case), PLANS.get(plan, {}))
+        reference = Reference(self.folder(case), PLANS.get(plan, {}))
+        if case[3] == "fp8 KV":
+            reference.held = lambda each, _: fp8(each)
+        return reference
 
 
 @pytest.fixture(scope="module", params=SETUPS)
@@ -219,7 +229,7 @@ def thresholds(reference):
 def check(engines, case) -> None:
     """All greedy answers of an engine, and those from the prefix cache."""
     done, reference = engines.done(case), engines.reference(case)
-    mean, most = BOUNDS.get(case[3], BOUNDS[engines.device])
+    mean, most = BOUNDS["fp8 KV" if case[3] == "fp8 KV" and engines.device == "cuda" else engines.device]
     for ask, answers in zip(engines._job(case).asks, done.answers, strict=True):
         if "temperature" in ask.sampling:
             continue

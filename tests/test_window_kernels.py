@@ -135,7 +135,7 @@ def _apart(*asked: str) -> list[str]:
 
 def test_on_a_gpu():
     """In Triton's interpreter."""
-    assert _apart()[-1] == "10"
+    assert _apart()[-1] == "14"
 
 
 @pytest.mark.parametrize(
@@ -181,20 +181,27 @@ def _window_on_a_gpu(window: int, sink: int, dtype: torch.dtype, held: str = "au
 def _interpreted() -> int:
     """Compare what the kernels for GPUs make of some steps; returns of how many."""
     interpret()
+    sizes = ((1, 1), (5, 5), (16, 4), (20, 16), (90, 4))
     compared = 0
-    for window, sink in ((1, 1), (5, 5), (16, 4), (20, 16), (90, 4)):
-        builder, impl = _window_on_a_gpu(window, sink, torch.float32)
+    for (window, sink), held in (*((each, "auto") for each in sizes), ((16, 4), "fp8"), ((90, 4), "fp8")):
+        builder, impl = _window_on_a_gpu(window, sink, torch.float32, held)
+        scale = torch.tensor([0.5 if held == "fp8" else 1.0])
+        layer = SimpleNamespace(_k_scale=scale, _v_scale=1 / scale, _q_scale=torch.ones(1))
         for requests in (DECODE, (*SPECULATED, (33, 20), (100, 1))):
-            cache = torch.zeros(200, KV_HEADS, 16, 2 * SIZE)
+            cache = torch.zeros(200, KV_HEADS, 16, 2 * SIZE, dtype=torch.float8_e4m3fn if held == "fp8" else None)
 
             def write(key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
-                cache[slots // 16, :, slots % 16] = torch.cat((key, value), -1)  # noqa: B023
+                kept = torch.cat((key / layer._k_scale, value / layer._v_scale), -1).to(cache.dtype)  # noqa: B023
+                cache[slots // 16, :, slots % 16] = kept  # noqa: B023
+                key.copy_(kept[..., :SIZE].float() * layer._k_scale)  # noqa: B023
+                value.copy_(kept[..., SIZE:].float() * layer._v_scale)  # noqa: B023
 
             common, query, expected = step(requests, window, sink, 16, torch.float32, write)
             lengths = common.seq_lens.clone()
             metadata = builder.build(0, common)
             output = torch.full_like(query, torch.nan)
-            impl.forward(UNSCALED, query, None, None, cache, metadata, output)
+            held_as = cache.view(torch.uint8) if held == "fp8" else cache
+            impl.forward(layer, query, None, None, held_as, metadata, output)
             torch.testing.assert_close(output, expected, atol=1e-4, rtol=1e-4)
             # No more is read than the sink's block, the window with what it begins in, and the new tokens.
             new = common.query_start_loc.diff()
