@@ -257,7 +257,6 @@ class FrozenUpper(DeferredLayers):
         self, positions: torch.Tensor, hidden_states: torch.Tensor, index: torch.Tensor, generating: torch.Tensor
     ) -> torch.Tensor:
         """As `Upper`'s, for the rows `index` alone: `[num_rows, hidden_size]`."""
-        torch._check(index.shape[0] > 0)  # as experts ask
         selected = positions[index]
         given: list[torch.Tensor | FrozenPositions] = []
         for layer in self.parts[0]:
@@ -309,8 +308,8 @@ def entering_buffer(vllm_config: VllmConfig, device: torch.device) -> torch.Tens
 
     vLLM lets go of what a model's last graph returns, so the graphs that are captured next, those of the upper layers,
     would be given the same memory, and overwrite what they still have to read. vLLM's `gemma3n.py` says so of its own
-    two parts, and copies. On a CPU, with graphs as `tests/graphs.py` has them, frozen layers answer without it
-    what is no number. On a GPU, where they wrote garbage before, it was not tried.
+    two parts, and copies. On a CPU, with graphs as `tests/graphs.py` has them, the answers of frozen layers have NaN
+    without it. On a GPU, where they were garbage before, it was not tried.
     """
     if vllm_config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE:
         return None

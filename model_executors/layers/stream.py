@@ -31,6 +31,7 @@ class DeferredLayers(nn.Module):
 
     def run(self, positions: Sequence[Any], hidden_states: torch.Tensor) -> torch.Tensor:
         """Run the layers, each with its own `positions`, and the norm: `[num_tokens, hidden_size]` to the same."""
+        torch._check(hidden_states.shape[0] > 0)  # experts ask, and a compiler may not know
         layers, norm = self.parts
         residual = None
         for layer, where in zip(layers, positions, strict=True):
