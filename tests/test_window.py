@@ -40,14 +40,49 @@ def test_chunked_prefill(tiny_models):
     assert_same(ours, [reference.answer(prompt, NEW_TOKENS) for prompt in prompts(LENGTHS)])
 
 
-@pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="stock refuses an FP8 KV cache without AVX-512")
-@pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="stock refuses an FP8 KV cache without AVX-512")
-def test_fp8(tiny_models):
-    """Beside frozen layers and full ones, whose keys and values vLLM rounds towards zero."""
+AVX512 = pytest.mark.skipif(
+    not torch.cpu._is_avx512_supported(), reason="stock refuses an FP8 KV cache without AVX-512"
+)
+
+
+def held_as_fp8(numbers, layer):
+    """vLLM's kernel for CPUs rounds towards zero, that of windows to the nearest."""
+    return fp8(numbers) if layer.kind == "window" else fp8_cut(numbers)
+
+
+def missed(ours, theirs):
+    """Nats of a prompt's token, on average."""
+    misses = [
+        abs(one - other)
+        for a, b in zip(ours, theirs, strict=True)
+        for one, other in zip(a.prompt_logprobs, b.prompt_logprobs, strict=True)
+    ]
+    return sum(misses) / len(misses)
+
+
+@AVX512
+def test_fp8_costs_a_plan_what_it_costs_stock(tiny_models):
+    """Nats of a prompt's token, on average; beside a reference that holds its keys and values in FP8, next to none."""
+    folder, asked = tiny_models("Llama"), prompts((121, 129, 145, 200))
+    lost = {}
+    for name, changes in (("stock", {}), ("plan", PLAN)):
+        with engine(folder, changes, kv_cache_dtype="fp8") as llm:
+            ours = answers(llm, asked)
+        reference = Reference(folder, changes)
+        expected = [reference.answer(prompt, NEW_TOKENS) for prompt in asked]
+        lost[name] = missed(ours, expected)
+        reference.held = held_as_fp8
+        assert missed(ours, [reference.answer(prompt, NEW_TOKENS) for prompt in asked]) < 2e-2
+    assert lost["stock"] > 0
+    assert lost["plan"] == pytest.approx(lost["stock"], rel=0.2)
+
+
+@AVX512
+def test_fp8_beside_frozen_layers(tiny_models):
     folder, asked = tiny_models("Llama"), prompts((2, 16, 17, 121, 129, 145))
     plan = {1: LayerPlan("window", 16), 3: LayerPlan("freeze"), 4: LayerPlan("freeze"), 5: LayerPlan("freeze")}
     reference = Reference(folder, plan)
-    reference.held = lambda each, layer: fp8(each) if layer.kind == "window" else fp8_cut(each)
+    reference.held = held_as_fp8
     with engine(folder, plan, kv_cache_dtype="fp8") as llm:
         ours = answers(llm, asked, prompt_logprobs=False)
     expected = [reference.answer(prompt, NEW_TOKENS) for prompt in asked]
