@@ -110,6 +110,12 @@ class Graph:
                 memory.overwrite()
 
 
+def forget() -> None:
+    """Know of no graph and no memory."""
+    for known in (MEMORY, Graph.captured, Graph.replayed):
+        known.clear()
+
+
 class Recording(TorchDispatchMode):
     """Sees each operation of a capture."""
 
@@ -193,6 +199,7 @@ def graphs() -> Iterator[None]:
         worker.model_runner.capture_model()
         return times
 
+    forget()
     wrapper = "vllm.compilation.cuda_graph.CUDAGraphWrapper"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(platform, "check_and_update_config", staticmethod(leave_on))
@@ -206,7 +213,5 @@ def graphs() -> Iterator[None]:
         patch.setattr(CPUWorker, "compile_or_warm_up_model", warmed_up)
         yield
     kinds, seen = ({each.whole for each in some} for some in (Graph.captured, Graph.replayed))
-    for known in (MEMORY, Graph.captured, Graph.replayed):
-        known.clear()
     assert kinds, "no graph was captured"
     assert kinds == seen, "captured graphs were not replayed"

@@ -3,14 +3,12 @@
 import pytest
 import torch
 
-from tests.graphs import MEMORY, Graph, at, capture
+from tests.graphs import Graph, at, capture, forget
 
 
 @pytest.fixture(autouse=True)
-def nothing_kept():
-    yield
-    for known in (MEMORY, Graph.captured, Graph.replayed):
-        known.clear()
+def nothing_known():
+    forget()
 
 
 def captured(function, *given):
