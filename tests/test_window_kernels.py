@@ -20,7 +20,6 @@ KV_HEADS, GROUPS, SIZE, SCALE = 2, 2, 32, 0.3
 DECODE = ((0, 1), (5, 1), (15, 1), (19, 1), (20, 1), (100, 1))
 MIXED = ((0, 1), (100, 1), (0, 100), (50, 5), (3, 70), (31, 33), (200, 1), (63, 1), (0, 20), (5, 16), (0, 94), (0, 95))
 SPECULATED = ((60, 5), (16, 4), (200, 8))
-UNSCALED = SimpleNamespace(_k_scale=torch.ones(1), _v_scale=torch.ones(1), _q_scale=torch.ones(1))
 
 
 def step(requests, window, sink, block, dtype, write, softcap=0.0):
@@ -178,37 +177,46 @@ def _window_on_a_gpu(window: int, sink: int, dtype: torch.dtype, held: str = "au
     return builder, WindowImpl(KV_HEADS * GROUPS, SIZE, SCALE, KV_HEADS, None, window, held)
 
 
+def _scaled(scale: float) -> SimpleNamespace:
+    """A layer, as kernels ask it how FP8 is scaled."""
+    one = torch.ones(1)
+    return SimpleNamespace(_k_scale=one * scale, _v_scale=one / scale, _q_scale=one)
+
+
 def _interpreted() -> int:
     """Compare what the kernels for GPUs make of some steps; returns of how many."""
     interpret()
-    sizes = ((1, 1), (5, 5), (16, 4), (20, 16), (90, 4))
+    windows = ((1, 1), (5, 5), (16, 4), (20, 16), (90, 4))
     compared = 0
-    for (window, sink), held in (*((each, "auto") for each in sizes), ((16, 4), "fp8"), ((90, 4), "fp8")):
+    for (window, sink), held in (*((each, "auto") for each in windows), ((16, 4), "fp8"), ((90, 4), "fp8")):
         builder, impl = _window_on_a_gpu(window, sink, torch.float32, held)
-        scale = torch.tensor([0.5 if held == "fp8" else 1.0])
-        layer = SimpleNamespace(_k_scale=scale, _v_scale=1 / scale, _q_scale=torch.ones(1))
         for requests in (DECODE, (*SPECULATED, (33, 20), (100, 1))):
-            cache = torch.zeros(200, KV_HEADS, 16, 2 * SIZE, dtype=torch.float8_e4m3fn if held == "fp8" else None)
-
-            def write(key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
-                kept = torch.cat((key / layer._k_scale, value / layer._v_scale), -1).to(cache.dtype)  # noqa: B023
-                cache[slots // 16, :, slots % 16] = kept  # noqa: B023
-                key.copy_(kept[..., :SIZE].float() * layer._k_scale)  # noqa: B023
-                value.copy_(kept[..., SIZE:].float() * layer._v_scale)  # noqa: B023
-
-            common, query, expected = step(requests, window, sink, 16, torch.float32, write)
-            lengths = common.seq_lens.clone()
-            metadata = builder.build(0, common)
-            output = torch.full_like(query, torch.nan)
-            held_as = cache.view(torch.uint8) if held == "fp8" else cache
-            impl.forward(layer, query, None, None, held_as, metadata, output)
-            torch.testing.assert_close(output, expected, atol=1e-4, rtol=1e-4)
-            # No more is read than the sink's block, the window with what it begins in, and the new tokens.
-            new = common.query_start_loc.diff()
-            assert (metadata.seq_lens <= torch.minimum(lengths, 16 + window + 15 + new)).all()
-            assert metadata.seq_lens.data_ptr() == builder.seq_lens.data_ptr()
+            _compare(requests, window, sink, builder, impl)
             compared += 1
     return compared
+
+
+def _compare(requests, window, sink, builder, impl) -> None:
+    is_fp8 = impl.kv_cache_dtype == "fp8"
+    layer = _scaled(0.5 if is_fp8 else 1.0)
+    cache = torch.zeros(200, KV_HEADS, 16, 2 * SIZE, dtype=torch.float8_e4m3fn if is_fp8 else torch.float32)
+
+    def write(key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
+        kept = torch.cat((key / layer._k_scale, value / layer._v_scale), -1).to(cache.dtype)
+        cache[slots // 16, :, slots % 16] = kept
+        key.copy_(kept[..., :SIZE].float() * layer._k_scale)  # so that the answers are those to what is held
+        value.copy_(kept[..., SIZE:].float() * layer._v_scale)
+
+    common, query, expected = step(requests, window, sink, 16, torch.float32, write)
+    lengths = common.seq_lens.clone()
+    metadata = builder.build(0, common)
+    output = torch.full_like(query, torch.nan)
+    impl.forward(layer, query, None, None, cache.view(torch.uint8) if is_fp8 else cache, metadata, output)
+    torch.testing.assert_close(output, expected, atol=1e-4, rtol=1e-4)
+    # No more is read than the sink's block, the window with what it begins in, and the new tokens.
+    new = common.query_start_loc.diff()
+    assert (metadata.seq_lens <= torch.minimum(lengths, 16 + window + 15 + new)).all()
+    assert metadata.seq_lens.data_ptr() == builder.seq_lens.data_ptr()
 
 
 def _compiled(capability: int) -> None:
@@ -237,7 +245,7 @@ def _compiled(capability: int) -> None:
             for requests in (DECODE, MIXED):
                 cache = torch.zeros(200, KV_HEADS, 16, 2 * SIZE, dtype=torch.uint8 if held == "fp8" else torch.bfloat16)
                 common, query, _ = step(requests, 90, 4, 16, torch.bfloat16, lambda *_: None)
-                impl.forward(UNSCALED, query, None, None, cache, builder.build(0, common), torch.empty_like(query))
+                impl.forward(_scaled(1.0), query, None, None, cache, builder.build(0, common), torch.empty_like(query))
 
 
 if __name__ == "__main__":

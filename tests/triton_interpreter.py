@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -56,8 +57,6 @@ def _rounded(convert: Callable[..., Any]) -> Callable[..., Any]:
     def converted(numbers: Any, given: Any, wanted: Any, rounding: Any) -> Any:
         if (given.name, wanted.name) != ("fp32", "fp8e4nv"):
             return convert(numbers, given, wanted, rounding)
-        import torch
-
         nearest = torch.tensor(numbers.view("float32")).to(torch.float8_e4m3fn)
         return nearest.view(torch.uint8).numpy().reshape(numbers.shape)
 
