@@ -63,7 +63,7 @@ class LayerPlan:
             object.__setattr__(self, "sink", SINK)
         for name in ("window", "sink", "rank"):
             size = getattr(self, name)
-            if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+            if size is not None and (type(size) is not int or size < 1):
                 raise ValueError(f"{name} is {size!r}; it must be a positive whole number")
         if self.sink is not None and self.sink > MOST_SINK:
             raise ValueError(f"sink is {self.sink}; a block of the KV cache holds it, so give at most {MOST_SINK}")

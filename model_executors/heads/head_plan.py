@@ -73,17 +73,17 @@ class HeadPlan:
     def __post_init__(self) -> None:
         if self.kind not in HEAD_KINDS:
             raise ValueError(f"head is {self.kind!r}; use one of {', '.join(HEAD_KINDS)}")
-        if not (isinstance(self.slots, tuple) and all(isinstance(each, int) and each > 0 for each in self.slots)):
+        if not (isinstance(self.slots, tuple) and all(type(each) is int and each > 0 for each in self.slots)):
             raise ValueError(f"slots is {self.slots!r}; it is a list of how many symbols each place's head tells apart")
-        if not isinstance(self.width, int) or self.width < 0:
+        if type(self.width) is not int or self.width < 0:
             raise ValueError(f"width is {self.width!r}; it is 0 or more")
         if self.is_character and not self.slots:
             raise ValueError(
                 f"head is {self.kind} but the checkpoint has no character heads; train them with vllm-ext heads train"
             )
-        if not isinstance(self.threshold, int | float) or not 0 <= self.threshold <= 1:
+        if type(self.threshold) not in (int, float) or not 0 <= self.threshold <= 1:
             raise ValueError(f"threshold is {self.threshold!r}; it is a probability, from 0 to 1")
-        if not isinstance(self.shortlist, int) or self.shortlist < 1:
+        if type(self.shortlist) is not int or self.shortlist < 1:
             raise ValueError(f"shortlist is {self.shortlist!r}; choose 1 or more")
 
     @property
