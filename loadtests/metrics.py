@@ -1,6 +1,7 @@
 """A server's `/metrics` throughout a test: scraped here, or asked of a Prometheus that scrapes it already."""
 
 import contextlib
+import math
 import threading
 from types import TracebackType
 
@@ -43,6 +44,23 @@ def scrape(url: str) -> Sample:
                 tokens = sample.labels.get("kv_cache_size_tokens", "")
                 found.setdefault("kv_capacity_tokens", []).append(float(tokens) if tokens.isdecimal() else 0.0)
     return {name: sum(values) / (len(values) if name in MEANS else 1) for name, values in found.items()}
+
+
+def capacity_of(url: str) -> float:
+    """Tokens that the KV cache holds, as `/v1/plan` says, or else vLLM's `/metrics`; NaN where neither does."""
+    with contextlib.suppress(httpx.HTTPError, KeyError, ValueError, TypeError):
+        return float(httpx.get(f"{url}/v1/plan", timeout=10, trust_env=False).json()["kv_cache"]["capacity_tokens"])
+    with contextlib.suppress(httpx.HTTPError, KeyError, ValueError):
+        return scrape(url)["kv_capacity_tokens"]
+    return math.nan
+
+
+def prefix_cache(url: str) -> tuple[float, float]:
+    """Tokens found in the prefix cache so far, and looked up; NaN where the server does not say."""
+    with contextlib.suppress(httpx.HTTPError, KeyError, ValueError):
+        found = scrape(url)
+        return found["prefix_hits"], found["prefix_queries"]
+    return math.nan, math.nan
 
 
 class Scraper:

@@ -6,7 +6,7 @@ import numpy as np
 import plotly.graph_objects as go
 from markupsafe import Markup
 
-from loadtests.compare import Results
+from loadtests.results import Results
 from loadtests.threshold import SIDES
 
 COLOURS = {"A": "#d08000", "B": "#2f80ed"}

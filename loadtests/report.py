@@ -18,9 +18,9 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from loadtests import verdict
-from loadtests.compare import Results, errors_of
 from loadtests.plots import html, plots_of_time, plots_of_workload
 from loadtests.requirements import Requirement
+from loadtests.results import Results, errors_of
 from loadtests.run import LEAST_REQUESTS
 from loadtests.statistics import Ratio
 from loadtests.threshold import SIDES

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from loadtests.compare import Results
+from loadtests.results import Results
 from loadtests.statistics import Ratio, ratio
 from loadtests.threshold import SIDES
 

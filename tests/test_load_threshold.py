@@ -17,9 +17,10 @@ from junitparser import JUnitXml
 
 from loadtests import compare, verdict
 from loadtests.answer import CUT, Answer, Objective
-from loadtests.compare import Comparison, Plan
+from loadtests.compare import Comparison
 from loadtests.report import write
 from loadtests.requirements import Requirement
+from loadtests.results import Plan
 from loadtests.run import LEAST_REQUESTS, Run
 from loadtests.settings import Load
 from loadtests.statistics import figures

@@ -79,11 +79,12 @@ def compare(context: typer.Context) -> None:
     Options that are none of these go to the servers that it starts. Exits with 1 where a --require is not met.
     """
     from loadtests.answer import Objective
-    from loadtests.compare import Comparison, Plan, Results
+    from loadtests.compare import Comparison
     from loadtests.guidellm import read_guidellm
     from loadtests.options import add_options, read_options
     from loadtests.report import write
     from loadtests.requirements import Requirement
+    from loadtests.results import Plan, Results
     from loadtests.settings import Load
     from loadtests.threshold import SIDES
     from loadtests.verdict import missing, quality, verdict
