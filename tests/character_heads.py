@@ -13,7 +13,8 @@ from model_executors.heads.character_head import slots_of
 from model_executors.heads.head_plan import HeadKind, HeadPlan, HeadShape, head_tensor_name
 from tests.fitted import write_random
 from tests.reference import Reference
-from vllm_ext.checkpoint import Checkpoint, Fit, Trained, write_planned
+from vllm_ext.checkpoint import Checkpoint
+from vllm_ext.planned_checkpoint import Fit, Trained, write_planned
 
 PLACES = 4
 LETTERS = 7

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from model_executors.attention_plan import LayerPlan, tensor_name
-from vllm_ext.checkpoint import Checkpoint, Fit, write_planned
+from vllm_ext.checkpoint import Checkpoint
+from vllm_ext.planned_checkpoint import Fit, write_planned
 
 
 def write_random(stock: Path, out: Path, changes: Mapping[int, LayerPlan]) -> Path:

@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from model_executors.attention_plan import LayerPlan
 from tests.tiny import NUM_LAYERS
-from vllm_ext.checkpoint import FITTED, INDEX, Checkpoint, Fit, write_planned
+from vllm_ext.checkpoint import INDEX, Checkpoint
 from vllm_ext.errors import UsageError
 from vllm_ext.folders import complete_folder
+from vllm_ext.planned_checkpoint import FITTED, Fit, write_planned
 
 SKIP = LayerPlan("skip")
 CHANGES = {

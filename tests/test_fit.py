@@ -17,13 +17,14 @@ from model_executors.attention_plan import AttentionPlan, LayerPlan, tensor_name
 from tests.reference import Reference
 from tests.tiny import CONFIGS, NUM_LAYERS, TEXT, VOCAB_SIZE, tokenizer
 from tests.variants import write_quantized
-from vllm_ext.checkpoint import Checkpoint, write_planned
+from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.cli.main import app
 from vllm_ext.errors import UsageError
 from vllm_ext.offline import fit as fitting
 from vllm_ext.offline.attentions import Seen
 from vllm_ext.offline.fit import Fit, Moments, fit, fit_passages
 from vllm_ext.offline.model import load
+from vllm_ext.planned_checkpoint import write_planned
 
 WINDOW = 8
 # Gemma's odd layers are those without a sliding window of their own.

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 from model_executors.attention_plan import LayerPlan
-from vllm_ext.checkpoint import Checkpoint, write_planned
+from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.errors import UsageError
 from vllm_ext.folders import check_file, check_space, complete_folder, place
+from vllm_ext.planned_checkpoint import write_planned
 
 FROZEN = {5: LayerPlan("freeze")}
 

@@ -16,11 +16,12 @@ from transformers import AutoTokenizer
 from model_executors.attention_plan import LayerPlan
 from tests.command import vllm_ext
 from tests.reference import Reference
-from vllm_ext.checkpoint import Checkpoint, write_planned
+from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.embedded.model import fetch_heads
 from vllm_ext.errors import UsageError
 from vllm_ext.offline.evaluator import Evaluator
 from vllm_ext.offline.model import OfflineModel
+from vllm_ext.planned_checkpoint import write_planned
 from vllm_ext.quality.command import candidates, engine_arguments, measure, scores_of
 from vllm_ext.quality.kept import Kept
 from vllm_ext.quality.work import Asked, QualitySettings, Replies, Work, prepare_work

@@ -13,9 +13,10 @@ from openai import OpenAI
 
 from model_executors.attention_plan import LayerPlan
 from tests.command import complaint, refused
-from vllm_ext.checkpoint import Checkpoint, write_planned
+from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.dtypes import fast_dtype
 from vllm_ext.embedded.model import fetch_heads
+from vllm_ext.planned_checkpoint import write_planned
 from vllm_ext.process import free_port, running
 
 COMMAND = [sys.executable, "-m", "vllm_ext.cli.main"]

@@ -3,9 +3,10 @@
 import pytest
 
 from model_executors.attention_plan import LayerPlan
-from vllm_ext.checkpoint import Checkpoint, write_planned
+from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.dtypes import fast_dtype
 from vllm_ext.offline.fit import fit
+from vllm_ext.planned_checkpoint import write_planned
 from vllm_ext.quality.command import measure
 from vllm_ext.quality.work import QualitySettings
 from vllm_ext.served import Served

@@ -123,9 +123,10 @@ def write_shape_with_heads(name: str, folder: Path) -> tuple[Path, Path]:
 
     from model_executors.heads.character_head import slots_of
     from model_executors.heads.head_plan import HeadPlan, head_tensor_name
-    from vllm_ext.checkpoint import Checkpoint, Trained, write_planned
+    from vllm_ext.checkpoint import Checkpoint
     from vllm_ext.heads.conversion import ConversionSettings
     from vllm_ext.heads.timing import random_spellings
+    from vllm_ext.planned_checkpoint import Trained, write_planned
 
     settings = ConversionSettings()
     stock, spelled = write_shape(name, folder / "stock"), folder / "spelled"

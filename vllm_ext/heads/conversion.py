@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from model_executors.attention_plan import CONFIG_KEY, AttentionPlan
 from model_executors.heads.character_head import rescore, slots_of
 from model_executors.heads.head_plan import CHARACTER_HEADS, HeadKind, HeadPlan, HeadShape
-from vllm_ext.checkpoint import FITTED, Checkpoint, Fit, Trained, write_planned
+from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.errors import UsageError
 from vllm_ext.folders import check_out
 from vllm_ext.heads import calibration, training
@@ -27,6 +27,7 @@ from vllm_ext.heads.training import begun
 from vllm_ext.heads.vocabulary import POSITIONS, CharacterVocabulary
 from vllm_ext.heads.writing import write
 from vllm_ext.offline.model import OfflineModel, read_tokenizer
+from vllm_ext.planned_checkpoint import FITTED, Fit, Trained, write_planned
 from vllm_ext.progress import progress
 from vllm_ext.tasks import texts
 from vllm_ext.tasks.passages import cut, read_texts

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from model_executors.attention_plan import CONFIG_KEY
 from model_executors.heads.head_plan import head_tensor_name
-from vllm_ext.checkpoint import CONFIG, FITTED, Checkpoint
+from vllm_ext.checkpoint import CONFIG, Checkpoint
 from vllm_ext.errors import UsageError
 from vllm_ext.heads import calibration
 from vllm_ext.heads.conversion import judge
@@ -18,6 +18,7 @@ from vllm_ext.heads.states import StudentLayers, collect
 from vllm_ext.heads.student import Student, new_head
 from vllm_ext.heads.writing import write
 from vllm_ext.offline.model import OfflineModel, read_tokenizer
+from vllm_ext.planned_checkpoint import FITTED
 from vllm_ext.tasks import texts
 from vllm_ext.tasks.passages import cut, read_texts
 

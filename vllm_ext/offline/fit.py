@@ -20,10 +20,11 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from model_executors.attention_plan import AttentionPlan, LayerPlan, tensor_name
 from model_executors.families import Family
-from vllm_ext.checkpoint import Checkpoint, Fit
+from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.errors import UsageError
 from vllm_ext.offline.attentions import Attend, Seen, Skipped
 from vllm_ext.offline.model import Call, load, read_tokenizer
+from vllm_ext.planned_checkpoint import Fit
 from vllm_ext.progress import progress
 from vllm_ext.tasks.passages import cut
 from vllm_ext.versions import offline_versions

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from model_executors.attention_plan import AttentionPlan
-from vllm_ext.checkpoint import Checkpoint, write_planned
+from vllm_ext.checkpoint import Checkpoint
 from vllm_ext.errors import UsageError
 from vllm_ext.folders import check_space
+from vllm_ext.planned_checkpoint import write_planned
 from vllm_ext.planner.judge import Goal, Judged
 from vllm_ext.planner.report import read
 
