@@ -56,14 +56,8 @@ def run(url: str, load: Load, objective: Objective) -> Run:
     duration = max(load.duration, LEAST_REQUESTS / load.rate)
     load = replace(load, warmup=min(load.warmup, load.duration), duration=duration)
     drain(url)
-    with tempfile.TemporaryDirectory() as folder:
-        records = Path(folder) / "records.jsonl"
-        limit = 10 * (load.warmup + load.duration) + 600
-        locust(url, arguments(load, objective, records=records, users=1, client_bound=math.inf), limit)
-        if not records.exists():
-            raise ValueError(f"{url}: Locust ended and left no records; see what it says with {LOCUSTFILE.name}")
-        answers = read_answers([records])
-        client, start = read_account([records])
+    limit = 10 * (load.warmup + load.duration) + 600
+    answers, client, start = recorded(url, arguments(load, objective, users=1, client_bound=math.inf), limit)
     if not answers:
         raise ValueError(f"{url}: no request was sent in {load.duration:g} s at {load.rate:g} a second; ask for longer")
     start += load.warmup
@@ -96,17 +90,29 @@ def warm_up(url: str, load: Load) -> tuple[float, float]:
     seconds a token of an answer.
     """
     seconds = load.warmup + load.duration
-    with tempfile.TemporaryDirectory() as folder:
-        records = Path(folder) / "records.jsonl"
-        users = {"users": WARM_UP_USERS, "spawn_rate": WARM_UP_USERS, "run_time": f"{math.ceil(seconds)}s"}
-        more = users | {"records": records, "client_bound": math.inf}
-        locust(url, arguments(replace(load, arrival="closed"), **more), limit=seconds + 300)
-        answers = read_answers([records])
+    users = {"users": WARM_UP_USERS, "spawn_rate": WARM_UP_USERS, "run_time": f"{math.ceil(seconds)}s"}
+    given = arguments(replace(load, arrival="closed"), **users, client_bound=math.inf)
+    answers, _, _ = recorded(url, given, limit=seconds + 300)
     start = min((answer.sent for answer in answers), default=0.0)
     found = figures(answers, Objective(math.inf, math.inf), start, start + seconds)
     prompts = sum(answer.prompt_tokens for answer in answers if answer.times) / seconds
     served = (prompts + found.tokens_per_second) / load.asks(texts=Texts()).mean_tokens
     return max(served, 1 / seconds), found.tpot[0] if math.isfinite(found.tpot[0]) else 0.0
+
+
+def recorded(url: str, given: list[str], limit: float) -> tuple[list[Answer], Client, float]:
+    """Run Locust; returns the answers, what the client says of itself, and when the schedule began.
+
+    Raises:
+        ValueError: as `locust` does, and where its time was over before it had begun.
+
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        records = Path(folder) / "records.jsonl"
+        locust(url, [*given, f"--records={records}"], limit)
+        if not records.exists():
+            raise ValueError(f"{url}: /v1/models was not answered while a run lasts; give a longer --duration")
+        return read_answers([records]), *read_account([records])
 
 
 def locust(url: str, given: list[str], limit: float = 3600) -> int:

@@ -3,6 +3,7 @@
 import heapq
 import itertools
 import json
+import socket
 import sys
 import time
 from dataclasses import replace
@@ -144,6 +145,13 @@ def test_the_first_guess_counts_prompts_whose_answers_have_not_ended():
     with running([sys.executable, "-m", "tests.token_server", str(port), *shape], port) as url:
         served, _ = warm_up(url, Load(workload="rag", warmup=0, duration=2))
     assert served == pytest.approx(4 / 2, rel=0.4)  # of the four prompts each has any length from 1,024 to 3,072
+
+
+def test_a_server_that_does_not_answer_while_a_run_lasts_is_told_of():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(ValueError, match=r"/v1/models was not answered .* longer --duration"):
+            warm_up(url, Load(warmup=0, duration=1))
 
 
 def test_the_cap_on_requests_in_flight_is_an_error_that_says_so(url, tmp_path):
