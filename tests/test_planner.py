@@ -227,12 +227,12 @@ def test_refuses_before_it_searches(copying, tmp_path, command, message):
 
 
 def test_what_is_searched_with_and_judged_on(smollm2):
-    """At every length; the scan alone has one, and as few tokens as three minutes allow."""
+    """Numbers at every length, the others at the longest; the scan alone has one, and tokens for three minutes."""
     tokenizer = read_tokenizer(Checkpoint.open(str(smollm2), weights=True))
-    settings = SearchSettings(("needle", "uuids", "capitals"), lengths=(256, 512), items=0.2)
+    settings = SearchSettings(("needle", "words", "uuids", "capitals"), lengths=(512, 256), items=0.2)
     names = {split: {task.name for task in settings.made(tokenizer, split)} for split in ("search", "judge")}
-    assert names["search"] == {"needle at 256", "needle at 512", "capitals"}
-    assert names["judge"] == names["search"] | {"uuids at 256"}
+    assert names["search"] == {"needle at 256", "needle at 512", "words at 512", "capitals"}
+    assert names["judge"] == names["search"] | {"uuids at 512"}
     quick = SearchSettings(quick=True)
     scanned = quick.made(tokenizer, "search")
     assert {task.name for task in scanned} == {"needle at 1024", "needles at 1024"}

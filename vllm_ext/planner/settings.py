@@ -17,13 +17,16 @@ NEAR: dict[str, dict[Split, int]] = {
 }
 """Items of tasks that look little farther back than a window."""
 SCANNED: tuple[retrieval.Name, ...] = ("needle", "needles")
-"""What layers are scanned with, and searched with at every length; the other tasks that retrieve are judged on."""
+"""What `--quick` scans layers with, and a search scans and searches with at every length."""
+SEARCHED: tuple[retrieval.Name, ...] = (*SCANNED, "words", "facts")
+"""What a search scans and searches with, words and facts at the longest length: a plan that finds every number can lose
+half of these. The other tasks that retrieve are judged on."""
 RETRIEVED: dict[Split, int] = {"search": 4, "judge": 40}
 """Items of each of those, at each length; where several ask of one text, twice as many to search with."""
 QUICK = {"needle": 3, "needles": 4}
 """The same with `--quick`, which has three minutes; the four ask of one text."""
 OTHERS = 16
-"""Items of each other task that retrieves, at the shortest length."""
+"""Items of each task that retrieves and has no numbers, at the longest length: where most lies before a window."""
 OWN = 150
 """Items of a task of the user's own: a third to search with, the rest to judge on."""
 WINDOWS = (256, 1_024)
@@ -87,19 +90,20 @@ class SearchSettings:
 
         """
         made: list[Task] = []
+        searched = SCANNED if self.quick else SEARCHED
         for name in self.tasks:
             if name in NEAR:
                 near: Any = name
                 if not self.quick:
                     made.append(tasks.bundled(near, tokenizer, self._count(NEAR[name][split]), self.seed, split))
-            elif name in SCANNED or not {*self.tasks} & {*SCANNED} or (split == "judge" and not self.quick):
+            elif name in searched or not {*self.tasks} & {*searched} or (split == "judge" and not self.quick):
                 made += self._retrieving(name, tokenizer, split)
         return made + [self._own(Path(file), tokenizer, split) for file in self.data]
 
     def _retrieving(self, name: Any, tokenizer: Any, split: Split) -> list[Task]:
         lengths, count = sorted(self.lengths), RETRIEVED[split]
         if name not in SCANNED:
-            lengths, count = lengths[:1], min(OTHERS, count)
+            lengths, count = lengths[-1:], min(OTHERS, count)
         elif self.quick:
             lengths, count = lengths[:2][-1:], QUICK[name]
         elif name == "needles" and split == "search":
