@@ -1,6 +1,7 @@
 """What a served model's plan is and saves, worked out from vLLM's configuration: for `/v1/plan` and `/metrics`."""
 
 import logging
+import re
 from collections import Counter
 from typing import Any, Self
 
@@ -15,6 +16,9 @@ from vllm_ext.costs import KvBytes, Reach, count_parameters, reaches
 from vllm_ext.layers import changes_of, format_plan
 
 logger = logging.getLogger("vllm.vllm_ext")
+
+RETRIEVES = re.compile(r"(.+) at (\d+)")
+"""A judged task that retrieves, by its name: what it asks for, and in how many tokens."""
 
 
 class LayerReport(BaseModel):
@@ -97,11 +101,18 @@ class PlanReport(BaseModel):
 
     @property
     def judged_line(self) -> str:
-        """What an operator should know: up to which length the plan was judged."""
-        lengths = (self.judged or {}).get("lengths")
-        if not lengths:
+        """What an operator should know: up to which length the plan was judged, and what was asked in shorter ones."""
+        judged = self.judged or {}
+        longest = max(judged.get("lengths", []), default=0)
+        if not longest:
             return f"Plan {self.name}: it was not judged on tasks that retrieve; vllm-ext search does"
-        return f"Plan {self.name}: it was judged on texts of up to {max(lengths):,} tokens; beyond, nobody looked"
+        asked: dict[str, int] = {}
+        for found in map(RETRIEVES.fullmatch, judged.get("tasks", {})):
+            if found:
+                asked[found[1]] = max(asked.get(found[1], 0), int(found[2]))
+        less = [f"{name} of up to {length:,}" for name, length in sorted(asked.items()) if length < longest]
+        but = f" ({', '.join(less)})" if less else ""
+        return f"Plan {self.name}: it was judged on texts of up to {longest:,} tokens{but}; beyond, nobody looked"
 
 
 def plan_of(vllm_config: VllmConfig) -> AttentionPlan | None:

@@ -60,9 +60,18 @@ def test_the_plan(server):
     assert "Plan skip 27-29: it was not judged on tasks that retrieve" in server.log.read_text()
 
 
-def test_says_up_to_which_length_a_plan_was_judged():
-    report = PlanReport.model_construct(name="window 0-7:128", judged={"lengths": [512, 2048]})
-    assert "judged on texts of up to 2,048 tokens" in report.judged_line
+@pytest.mark.parametrize(
+    ("tasks", "said"),
+    [
+        ([], "2,048 tokens; beyond"),
+        (["capitals", "needle at 512", "needle at 2048", "words at 2048"], "2,048 tokens; beyond"),
+        (["words at 512", "needle at 2048", "own.jsonl"], "2,048 tokens (words of up to 512); beyond"),
+    ],
+)
+def test_says_up_to_which_length_a_plan_was_judged(tasks, said):
+    judged = {"lengths": [512, 2048], "tasks": dict.fromkeys(tasks, 1.0)}
+    report = PlanReport.model_construct(name="window 0-7:128", judged=judged)
+    assert f"judged on texts of up to {said}" in report.judged_line
 
 
 def test_models_name_the_plan(server, client):
