@@ -57,7 +57,7 @@ def run(url: str, load: Load, objective: Objective) -> Run:
     load = replace(load, warmup=min(load.warmup, load.duration), duration=duration)
     drain(url)
     limit = 10 * (load.warmup + load.duration) + 600
-    answers, client, start = recorded(url, arguments(load, objective, users=1, client_bound=math.inf), limit)
+    answers, client, start = recorded(url, arguments(load, objective, users=1), limit)
     if not answers:
         raise ValueError(f"{url}: no request was sent in {load.duration:g} s at {load.rate:g} a second; ask for longer")
     start += load.warmup
@@ -91,8 +91,7 @@ def warm_up(url: str, load: Load) -> tuple[float, float]:
     """
     seconds = load.warmup + load.duration
     users = {"users": WARM_UP_USERS, "spawn_rate": WARM_UP_USERS, "run_time": f"{math.ceil(seconds)}s"}
-    given = arguments(replace(load, arrival="closed"), **users, client_bound=math.inf)
-    answers, _, _ = recorded(url, given, limit=seconds + 300)
+    answers, _, _ = recorded(url, arguments(replace(load, arrival="closed"), **users), limit=seconds + 300)
     start = min((answer.sent for answer in answers), default=0.0)
     found = figures(answers, Objective(math.inf, math.inf), start, start + seconds)
     prompts = sum(answer.prompt_tokens for answer in answers if answer.times) / seconds
@@ -101,7 +100,8 @@ def warm_up(url: str, load: Load) -> tuple[float, float]:
 
 
 def recorded(url: str, given: list[str], limit: float) -> tuple[list[Answer], Client, float]:
-    """Run Locust; returns the answers, what the client says of itself, and when the schedule began.
+    """Run Locust; returns the answers, what the client says of itself, which voids nothing here, and when the schedule
+    began.
 
     Raises:
         ValueError: as `locust` does, and where its time was over before it had begun.
@@ -109,7 +109,7 @@ def recorded(url: str, given: list[str], limit: float) -> tuple[list[Answer], Cl
     """
     with tempfile.TemporaryDirectory() as folder:
         records = Path(folder) / "records.jsonl"
-        locust(url, [*given, f"--records={records}"], limit)
+        locust(url, [*given, *arguments(records=records, client_bound=math.inf)], limit)
         if not records.exists():
             raise ValueError(f"{url}: /v1/models was not answered while a run lasts; give a longer --duration")
         return read_answers([records]), *read_account([records])
