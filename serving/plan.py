@@ -1,7 +1,6 @@
 """What a served model's plan is and saves, worked out from vLLM's configuration: for `/v1/plan` and `/metrics`."""
 
 import logging
-import re
 from collections import Counter
 from typing import Any, Self
 
@@ -14,11 +13,9 @@ from model_executors.heads.head_plan import HeadKind, HeadPlan
 from serving.capacity import cache_dtype, capacities, torch_dtype
 from vllm_ext.costs import KvBytes, Reach, count_parameters, reaches
 from vllm_ext.layers import changes_of, format_plan
+from vllm_ext.tasks.items import asked_in
 
 logger = logging.getLogger("vllm.vllm_ext")
-
-RETRIEVES = re.compile(r"(.+) at (\d+)")
-"""A judged task that retrieves, by its name: what it asks for, and in how many tokens."""
 
 
 class LayerReport(BaseModel):
@@ -107,10 +104,9 @@ class PlanReport(BaseModel):
         if not longest:
             return f"Plan {self.name}: it was not judged on tasks that retrieve; vllm-ext search does"
         asked: dict[str, int] = {}
-        for found in map(RETRIEVES.fullmatch, judged.get("tasks", {})):
-            if found:
-                asked[found[1]] = max(asked.get(found[1], 0), int(found[2]))
-        less = [f"{name} of up to {length:,}" for name, length in sorted(asked.items()) if length < longest]
+        for what, length in map(asked_in, judged.get("tasks", {})):
+            asked[what] = max(asked.get(what, 0), length)
+        less = [f"{what} of up to {length:,}" for what, length in sorted(asked.items()) if 0 < length < longest]
         but = f" ({', '.join(less)})" if less else ""
         return f"Plan {self.name}: it was judged on texts of up to {longest:,} tokens{but}; beyond, nobody looked"
 

@@ -227,7 +227,7 @@ def test_refuses_before_it_searches(copying, tmp_path, command, message):
 
 
 def test_what_is_searched_with_and_judged_on(smollm2):
-    """Numbers at every length, the others at the longest; the scan alone has one, and tokens for three minutes."""
+    """Needles at every length, the others at the longest; the scan alone has one, and tokens for three minutes."""
     tokenizer = read_tokenizer(Checkpoint.open(str(smollm2), weights=True))
     settings = SearchSettings(("needle", "words", "uuids", "capitals"), lengths=(512, 256), items=0.2)
     names = {split: {task.name for task in settings.made(tokenizer, split)} for split in ("search", "judge")}

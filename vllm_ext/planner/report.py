@@ -18,6 +18,7 @@ from vllm_ext.planner.run import Front
 from vllm_ext.planner.scan import FETCHES, Scan
 from vllm_ext.reports.figures import Figure
 from vllm_ext.reports.pages import write_page, write_picture
+from vllm_ext.tasks.items import asked_in
 
 SCORES = {"answers": "answered right", "tokens": "tokens ranked first", "summaries": "ROUGE-L"}
 COLOURS = {"full": "#444444", "freeze": "#8fd3c1", "skip": "#f0f0f0"}
@@ -131,18 +132,12 @@ def depths_picture(plans: Sequence[Judged]) -> Picture:
 
 def _by_depth(judged: Judged, column: str) -> tuple[list[int], Any]:
     """The lengths, and the mean scores `[DEPTHS, lengths]` of all tasks that retrieve; empty cells are none."""
-    lengths = sorted({_length(name) for name in judged.depths})
+    lengths = sorted({asked_in(name)[1] for name in judged.depths})
     cells: list[list[list[float]]] = [[[] for _ in lengths] for _ in range(DEPTHS)]
     for name, each in judged.depths.items():
         for depth, score in zip(each["depth"], each[column], strict=True):
-            cells[min(int(depth * DEPTHS), DEPTHS - 1)][lengths.index(_length(name))].append(score)
+            cells[min(int(depth * DEPTHS), DEPTHS - 1)][lengths.index(asked_in(name)[1])].append(score)
     return lengths, np.array([[np.mean(cell) if cell else np.nan for cell in row] for row in cells])
-
-
-def _length(task: str) -> int:
-    """`512` of `needle at 512`; 0 of a file's task."""
-    last = task.rsplit(" ", 1)[-1]
-    return int(last) if last.isdigit() else 0
 
 
 def front_picture(plans: Sequence[Judged]) -> Picture:

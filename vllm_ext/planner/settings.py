@@ -22,11 +22,11 @@ SEARCHED: tuple[retrieval.Name, ...] = (*SCANNED, "words", "facts")
 """What a search scans and searches with, words and facts at the longest length: a plan that finds every number can lose
 half of these. The other tasks that retrieve are judged on."""
 RETRIEVED: dict[Split, int] = {"search": 4, "judge": 40}
-"""Items of each of those, at each length; where several ask of one text, twice as many to search with."""
+"""Items of what is scanned, at each length; where several ask of one text, twice as many to search with."""
 QUICK = {"needle": 3, "needles": 4}
 """The same with `--quick`, which has three minutes; the four ask of one text."""
 OTHERS = 16
-"""Items of each task that retrieves and has no numbers, at the longest length: where most lies before a window."""
+"""Items of each other task that retrieves, at the longest length: where most lies before a window."""
 OWN = 150
 """Items of a task of the user's own: a third to search with, the rest to judge on."""
 WINDOWS = (256, 1_024)

@@ -84,6 +84,12 @@ def item(tokenizer: Any, prompt: str, answer: str, depth: float | None = None) -
     return Item(tuple(both[:same]), tuple(both[same:]), depth)
 
 
+def asked_in(task: str) -> tuple[str, int]:
+    """What a task of that name asks for, and in how many tokens: `needle` and 512 of `needle at 512`, else 0."""
+    what, _, length = task.rpartition(" at ")
+    return (what, int(length)) if what and length.isdigit() else (task, 0)
+
+
 def _same(one: Sequence[int], other: Sequence[int]) -> int:
     """How many tokens both begin with."""
     unlike = (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
