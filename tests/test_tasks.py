@@ -161,9 +161,12 @@ def test_what_is_asked_for_was_told_where_the_item_says(tokenizer, name):
         assert min(abs(place - each.depth) for place in places) < 0.05
 
 
-@pytest.mark.parametrize("count", [1, 3, 4, 8, 10])
-def test_several_keys_are_asked_for_in_one_text_each(tokenizer, count):
-    task = retrieval.retrieval("needles", tokenizer, 512, count)
+@pytest.mark.parametrize(
+    ("name", "split", "count"),
+    [*(("needles", "judge", count) for count in (1, 3, 4, 8, 10)), ("words", "search", 8), ("facts", "search", 7)],
+)
+def test_several_keys_are_asked_for_in_one_text_each(tokenizer, name, split, count):
+    task = retrieval.retrieval(name, tokenizer, 512, count, split=split)
     groups = list(of_one_text(task.items))
     assert [len(items) for items, _ in groups] == [4] * (count // 4) + [count % 4] * (count % 4 > 0)
     assert sum(len(items) for items, _ in groups) == len(task.items) == count

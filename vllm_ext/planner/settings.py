@@ -22,7 +22,7 @@ SEARCHED: tuple[retrieval.Name, ...] = (*SCANNED, "words", "facts")
 """What a search scans and searches with, words and facts at the longest length: a plan that finds every number can lose
 half of these. The other tasks that retrieve are judged on."""
 RETRIEVED: dict[Split, int] = {"search": 4, "judge": 40}
-"""Items of what is scanned, at each length; where several ask of one text, twice as many to search with."""
+"""Items of what is searched with, at each length; to search with, texts, where several are asked for in one."""
 QUICK = {"needle": 3, "needles": 4}
 """The same with `--quick`, which has three minutes; the four ask of one text."""
 OTHERS = 16
@@ -103,11 +103,13 @@ class SearchSettings:
     def _retrieving(self, name: Any, tokenizer: Any, split: Split) -> list[Task]:
         lengths, count = sorted(self.lengths), RETRIEVED[split]
         if name not in SCANNED:
-            lengths, count = lengths[-1:], min(OTHERS, count)
-        elif self.quick:
+            lengths = lengths[-1:]
+        if name not in SEARCHED:
+            count = min(OTHERS, count)
+        if self.quick and name in QUICK:
             lengths, count = lengths[:2][-1:], QUICK[name]
-        elif name == "needles" and split == "search":
-            count *= 2
+        elif split == "search":
+            count *= retrieval.asked_of_a_text(name, split)
         return [
             retrieval.retrieval(name, tokenizer, length, self._count(count), self.seed, split) for length in lengths
         ]

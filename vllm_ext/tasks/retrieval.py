@@ -4,7 +4,8 @@ After RULER (arXiv 2404.06654): needles in a haystack, with one key, several key
 words or UUIDs; variables that name each other; examples to learn from that lie far back; and a fact in passing. The
 haystack is the prose of `texts`, the search's and the judge's out of different articles, so no item is in both.
 
-Needles are the same sentences as RULER's, and its values are right where each of their tokens is the first choice.
+Needles are the same sentences as RULER's, and its values are right where each of their tokens is the first choice. To
+search with, words and facts too are hidden four in a text, so that four items are read for the price of one.
 """
 
 import math
@@ -60,7 +61,7 @@ class Puzzle:
 def retrieval(name: Name, tokenizer: Any, length: int, count: int, seed: int = 0, split: Split = "judge") -> Task:
     """`count` items of up to `length` tokens, what they ask for at depths all over the text.
 
-    Of several keys each is asked for, in items next to each other, so that their text need be read only once.
+    What is hidden in one text is asked for in items next to each other, so that the text need be read only once.
 
     Raises:
         UsageError: where a package with texts is missing.
@@ -71,15 +72,15 @@ def retrieval(name: Name, tokenizer: Any, length: int, count: int, seed: int = 0
     make: dict[Name, Callable[..., Puzzle]] = {
         "needle": lambda chosen, depth: _needle(chosen, "number", depth),
         "needles": lambda chosen, *depths: _needle(chosen, "number", *depths),
-        "words": lambda chosen, depth: _needle(chosen, "word", depth),
+        "words": lambda chosen, *depths: _needle(chosen, "word", *depths),
         "uuids": lambda chosen, depth: _needle(chosen, "uuid", depth),
         "values": _values,
         "variables": _variables,
         "shots": _shots,
-        "facts": _fact,
+        "facts": _facts,
     }
     items: list[Item] = []
-    asked = KEYS if name == "needles" else 1
+    asked = asked_of_a_text(name, split)
     puzzles = math.ceil(count / asked)
     for number in range(puzzles):
         # Each of them in a part of the text of its own, so that few puzzles ask all over it too.
@@ -99,6 +100,11 @@ def retrieval(name: Name, tokenizer: Any, length: int, count: int, seed: int = 0
         source,
         length,
     )
+
+
+def asked_of_a_text(name: Name, split: Split) -> int:
+    """How many answers are hidden in one text, each asked for in an item of its own."""
+    return KEYS if name == "needles" or (split == "search" and name in ("words", "facts")) else 1
 
 
 def _text(tokenizer: Any, puzzle: Puzzle, sentences: Sequence[str], length: int, chosen: random.Random) -> str:
@@ -187,13 +193,21 @@ def _shots(chosen: random.Random, depth: float) -> Puzzle:
     return Puzzle((shown,), (depth,), (Question(f"\n{question}", f" It is {answer}"),))
 
 
-def _fact(chosen: random.Random, depth: float) -> Puzzle:
-    """Where somebody was said to be, in one sentence among others."""
-    name, town = chosen.choice(PEOPLE), chosen.choice(list(texts.capitals().values()))
+def _facts(chosen: random.Random, *depths: float) -> Puzzle:
+    """Where people were said to be, each in one sentence among others."""
+    names = chosen.sample(PEOPLE, len(depths))
+    told = list(zip(names, chosen.sample(list(texts.capitals().values()), len(depths)), strict=True))
     return Puzzle(
-        (f"{name} keeps a shop in {town}.",),
-        (depth,),
-        (Question(f"\nQuestion: In which city does {name} keep a shop?\nAnswer: {name} keeps a shop in", f" {town}"),),
+        tuple(f"{name} keeps a shop in {town}." for name, town in told),
+        depths,
+        tuple(
+            Question(
+                f"\nQuestion: In which city does {name} keep a shop?\nAnswer: {name} keeps a shop in",
+                f" {town}",
+                number,
+            )
+            for number, (name, town) in enumerate(told)
+        ),
     )
 
 
