@@ -123,7 +123,7 @@ def test_no_trial_is_made_twice(tiny_models, tmp_path):
     assert told == ["one"]
     with pytest.raises(UsageError, match="another run writes there"):
         Journal(made.journal.file, {}, KEYS)
-    made.journal.writing.close()
+    made.journal.close()
     again = Trials(made.model, made.tasks, "search", Journal(made.journal.file, {}, KEYS), 6, made.fitted, made.tell)
     assert again.scores(made.tasks[0], {0: WINDOW}) == first
     assert told == ["one"]

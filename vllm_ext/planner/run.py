@@ -96,7 +96,7 @@ class Planner:
             for each in found:
                 saved, work = self._saved(each.changes), 1 - self._flops(each.changes) / self._flops({})
                 front.plans.append(judge(self.judge, each.changes, self.settings.seed, saved, work, each.missed))
-        self.journal.writing.close()
+        self.journal.close()
         return front
 
     def _scan(self) -> Scan:

@@ -58,6 +58,10 @@ class Journal:
         self.rows[self._name({key: row[key] for key in self.keys})] = row
         self._append(row)
 
+    def close(self) -> None:
+        """Write no more, and leave the folder to others."""
+        self.writing.close()
+
     def _name(self, key: dict[str, Any]) -> str:
         return json.dumps([key[name] for name in self.keys])
 
