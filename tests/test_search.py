@@ -1,5 +1,7 @@
 """The scan and the search on models whose idle and retrieving layers are known, because they were planted."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -112,6 +114,22 @@ def test_what_is_missed_is_the_mean_or_half_of_the_worst(tiny_models, tmp_path):
     assert made.missed(changes) == pytest.approx(max(sum(more) / 2, max(more) / 2))
     assert max(more) > 0.01
     assert made.missed(changes, enough=0) <= made.missed(changes)
+
+
+def test_what_the_model_never_knew_is_not_missed(tiny_models, tmp_path):
+    """Items that the unchanged model gets wrong do not count, unless it gets all wrong."""
+    made = trials(planted(tiny_models("Llama"), range(6)), tmp_path)
+    known = made.tasks[0]
+    wrong = tuple(replace(each, answer=tuple(token ^ 1 for token in each.answer)) for each in known.items)
+    mixed = replace(known, name="mixed", items=(*wrong, *known.items))
+    unknown = replace(known, name="wrong", items=wrong)
+    made.tasks = [known, mixed, unknown]
+    changes = {0: WINDOW}
+    assert made.scores(mixed, {}).scores == [0.0] * 3 + [1.0] * 3
+    assert made.lost(mixed, changes) == pytest.approx(made.lost(known, changes), abs=1e-4)
+    more = [a - b for a, b in zip(made.scores(unknown, changes).nll, made.scores(unknown, {}).nll, strict=True)]
+    assert made.lost(unknown, changes) == pytest.approx(sum(more) / 3)
+    assert abs(made.lost(known, changes) - sum(more) / 3) > 1e-3
 
 
 def test_no_trial_is_made_twice(tiny_models, tmp_path):

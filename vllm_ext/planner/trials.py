@@ -56,7 +56,7 @@ class Trials:
             evaluator.forget(layer)
             with attending(attention, attend=WindowedHead(window, SINK, head)):
                 row = self._written(key, evaluator.manipulated(Manipulation(layer)), task.tokens)
-        return _mean(row["nll"]) - _mean(self.scores(task, {}).nll)
+        return self._beside(task, row["nll"])
 
     def _written(self, key: dict[str, Any], found: Scores, tokens: int) -> dict[str, Any]:
         """The row, written down."""
@@ -66,8 +66,8 @@ class Trials:
         return row
 
     def lost(self, task: Task, changes: Changes) -> float:
-        """Nats a token of the answers, beside the unchanged model; below 0 where it is surer."""
-        return _mean(self.scores(task, changes).nll) - _mean(self.scores(task, {}).nll)
+        """Nats a token of the answers that the unchanged model gives, beside it; below 0 where it is surer."""
+        return self._beside(task, self.scores(task, changes).nll)
 
     def missed(self, changes: Changes, enough: float = float("inf")) -> float:
         """Nats a token: of all tasks in the mean, or half of what the worst misses, whichever is more.
@@ -81,10 +81,16 @@ class Trials:
                 break
         return max(sum(more) / len(self.tasks), max(more) / 2)
 
+    def _beside(self, task: Task, nll: Sequence[float]) -> float:
+        """More nats than of the unchanged model, an item counted by what that scores: none forgets what it never knew.
+
+        Where it knows nothing, all items count.
+        """
+        stock = self.scores(task, {})
+        counts = stock.scores if any(stock.scores) else [1.0] * len(nll)
+        more = (count * (after - before) for count, after, before in zip(counts, nll, stock.nll, strict=True))
+        return sum(more) / sum(counts)
+
     @cached_property
     def _evaluators(self) -> dict[str, Evaluator]:
         return {task.name: Evaluator(self.model(), task) for task in self.tasks}
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
