@@ -89,6 +89,10 @@ def test_of_two_plans_the_one_between_has_half_of_what_differs(copying, data, fo
     assert some.changes == {first: small, second: large, third: large, last: large}
     assert search.between({first: small}, {second: small}).changes == {}
     assert search.between({first: small}, {first: small}).changes == {first: small}
+    search.saved = lambda changes: (0, 0.1, 0.4, 0.3)[len(changes)]  # three are padded
+    assert search.between({}, {first: small, second: small, third: small}).changes == {first: small}
+    search.saved = lambda changes: (0, 0.1, 0.4, 0.6)[len(changes)]
+    assert search.between({}, {first: small, second: small, third: small}).changes == {first: small, second: small}
 
 
 def test_the_widest_gap_in_what_plans_save_is_filled_until_enough_are_judged():
@@ -100,9 +104,12 @@ def test_the_widest_gap_in_what_plans_save_is_filled_until_enough_are_judged():
 
     assert counts(20, 12, 2) == [20, 12, 7, 2]
     assert counts(20, 2) == [20, 15, 11, 2]
+    assert counts(20, 18) == [20, 18, 13, 9]
+    assert counts(16) == [16, 12, 8, 4]
     assert counts(8, 6, 4, 0) == [8, 6, 4, 0]
-    assert counts(5, 4) == [5, 4]
-    assert counts(5) == [5]
+    assert counts(2, 1) == [2, 1]
+    assert counts(1) == [1]
+    assert counts(0) == [0]
     assert counts() == []
 
 

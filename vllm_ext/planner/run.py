@@ -198,15 +198,17 @@ def spread(plans: Sequence[Trial]) -> list[Trial]:
 def filled(
     plans: Sequence[Trial], saved: Callable[[Changes], float], between: Callable[[Changes, Changes], Trial]
 ) -> list[Trial]:
-    """More plans than there are, up to `MOST_JUDGED`, each where what two neighbours save is furthest apart.
+    """More plans than there are, up to `MOST_JUDGED`, each where what two neighbours save is furthest apart, of which
+    the last is the unchanged model.
 
     A search asks few items, on which plans seem much alike that are not so to the judge.
     """
     made = list(plans)
-    while 1 < len(made) < MOST_JUDGED:
-        savings = [saved(each.changes) for each in made]
-        place = max(range(1, len(made)), key=lambda each: savings[each - 1] - savings[each])
-        found = between(made[place].changes, made[place - 1].changes)
+    while made and len(made) < MOST_JUDGED:
+        bounds = [*made, Trial({}, 0.0)]
+        savings = [saved(each.changes) for each in bounds]
+        place = max(range(1, len(bounds)), key=lambda each: savings[each - 1] - savings[each])
+        found = between(bounds[place].changes, bounds[place - 1].changes)
         if not savings[place] < saved(found.changes) < savings[place - 1]:  # groups of the KV cache are padded
             break
         made.insert(place, found)

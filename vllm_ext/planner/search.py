@@ -52,7 +52,7 @@ class Search:
         """
         plans = [{**below, **dict.fromkeys(order[:count], window)} for count in range(len(order) + 1)]
         saved = [self.saved(each) for each in plans]
-        plans = [each for count, each in enumerate(plans) if not count or saved[count] > max(saved[:count])]
+        plans = [plans[count] for count in self._unpadded(saved)]
         best = Trial(below, self.trials.missed(below))
         low, high = 0, len(plans) - 1
         place = high  # the most of them, first
@@ -101,11 +101,19 @@ class Search:
         return list({tuple(sorted(each.changes.items())): each for each in found}.values())
 
     def between(self, less: Changes, more: Changes) -> Trial:
-        """Of the layers where they differ, the half that is missed least as in `more`, and the others as in `less`."""
+        """Of the layers where they differ, those that are missed least as in `more`, and the others as in `less`.
+
+        As many as save what is nearest to the middle of the two; half of them where no number saves more than fewer do.
+        """
         differ = [layer for layer in self.scan.order if less.get(layer) != more.get(layer)]
-        as_more = {*differ[: len(differ) // 2]}
-        taken = {layer: more if layer in as_more else less for layer in {**less, **more}}
-        changes = {layer: plans[layer] for layer, plans in taken.items() if layer in plans}
+        plans = []
+        for count in range(len(differ) + 1):
+            taken = {layer: more if layer in differ[:count] else less for layer in {**less, **more}}
+            plans.append({layer: each[layer] for layer, each in taken.items() if layer in each})
+        saved = [self.saved(each) for each in plans]
+        middle = (saved[0] + saved[-1]) / 2
+        counts = [count for count in self._unpadded(saved) if 0 < count < len(differ)] or [len(differ) // 2]
+        changes = plans[min(counts, key=lambda count: abs(saved[count] - middle))]
         return Trial(changes, self.trials.missed(changes))
 
     def tops(self, below: Trial) -> list[Trial]:
@@ -128,6 +136,11 @@ class Search:
                 best = Trial(changes, missed)
             found += [] if best is None else [best]
         return found
+
+    @staticmethod
+    def _unpadded(saved: Sequence[float]) -> list[int]:
+        """The numbers of layers that save more than any fewer do, and none."""
+        return [count for count, each in enumerate(saved) if not count or each > max(saved[:count])]
 
     def _sunk(self, trial: Trial, sink: int) -> Trial:
         changes = {layer: replace(plan, sink=sink) for layer, plan in trial.changes.items()}
