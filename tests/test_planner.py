@@ -99,14 +99,16 @@ def test_the_widest_gap_in_what_plans_save_is_filled_until_enough_are_judged():
     def between(less, more):
         return Trial(dict.fromkeys(range((len(less) + len(more)) // 2), LayerPlan("window", WINDOW)), 0.0)
 
-    def counts(*given):
-        return [len(each.changes) for each in filled([between("-" * each, "-" * each) for each in given], len, between)]
+    def counts(*given, saved=len):
+        plans = [between("-" * each, "-" * each) for each in given]
+        return [len(each.changes) for each in filled(plans, saved, between)]
 
     assert counts(20, 12, 2) == [20, 12, 7, 2]
     assert counts(20, 2) == [20, 15, 11, 2]
     assert counts(20, 18) == [20, 18, 13, 9]
     assert counts(16) == [16, 12, 8, 4]
     assert counts(8, 6, 4, 0) == [8, 6, 4, 0]
+    assert counts(16, saved=lambda changes: len(changes) / 20) == [16, 12, 8]  # four save too little
     assert counts(2, 1) == [2, 1]
     assert counts(1) == [1]
     assert counts(0) == [0]

@@ -36,6 +36,8 @@ CALIBRATION_TOKENS = 16_384
 CALIBRATION_LENGTH = 1_024
 MOST_JUDGED = 4
 """Plans of windows: judging one reads as much as many trials do."""
+LEAST_SAVED = 0.2
+"""Of the KV cache: what saves less is not judged for the sake of a gap."""
 QUICK_SLACK = 0.02
 """Nats a token that a plan of the scan alone may miss."""
 
@@ -209,7 +211,7 @@ def filled(
         savings = [saved(each.changes) for each in bounds]
         place = max(range(1, len(bounds)), key=lambda each: savings[each - 1] - savings[each])
         found = between(bounds[place].changes, bounds[place - 1].changes)
-        if not savings[place] < saved(found.changes) < savings[place - 1]:  # groups of the KV cache are padded
-            break
+        if not max(savings[place], LEAST_SAVED) < saved(found.changes) < savings[place - 1]:
+            break  # groups of the KV cache are padded
         made.insert(place, found)
     return made
