@@ -212,6 +212,6 @@ def filled(
         place = max(range(1, len(bounds)), key=lambda each: savings[each - 1] - savings[each])
         found = between(bounds[place].changes, bounds[place - 1].changes)
         if not max(savings[place], LEAST_SAVED) < saved(found.changes) < savings[place - 1]:
-            break  # groups of the KV cache are padded
+            break  # too little is saved, or no more than by a neighbour, as groups of the KV cache are padded
         made.insert(place, found)
     return made

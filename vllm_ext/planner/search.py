@@ -50,9 +50,7 @@ class Search:
         By halves, as if each layer more were missed more: some five trials. A layer more may save less, since groups of
         the KV cache are padded; so many layers are not tried.
         """
-        plans = [{**below, **dict.fromkeys(order[:count], window)} for count in range(len(order) + 1)]
-        saved = [self.saved(each) for each in plans]
-        plans = [plans[count] for count in self._unpadded(saved)]
+        plans = self._steps(below, {**below, **dict.fromkeys(order, window)}, order)
         best = Trial(below, self.trials.missed(below))
         low, high = 0, len(plans) - 1
         place = high  # the most of them, first
@@ -106,14 +104,10 @@ class Search:
         As many as save what is nearest to the middle of the two; half of them where no number saves more than fewer do.
         """
         differ = [layer for layer in self.scan.order if less.get(layer) != more.get(layer)]
-        plans = []
-        for count in range(len(differ) + 1):
-            taken = {layer: more if layer in differ[:count] else less for layer in {**less, **more}}
-            plans.append({layer: each[layer] for layer, each in taken.items() if layer in each})
-        saved = [self.saved(each) for each in plans]
-        middle = (saved[0] + saved[-1]) / 2
-        counts = [count for count in self._unpadded(saved) if 0 < count < len(differ)] or [len(differ) // 2]
-        changes = plans[min(counts, key=lambda count: abs(saved[count] - middle))]
+        steps = self._steps(less, more, differ)[1:]
+        inner = [each for each in steps if each != more] or [_mixed(less, more, differ[: len(differ) // 2])]
+        middle = (self.saved(less) + self.saved(more)) / 2
+        changes = min(inner, key=lambda each: abs(self.saved(each) - middle))
         return Trial(changes, self.trials.missed(changes))
 
     def tops(self, below: Trial) -> list[Trial]:
@@ -137,10 +131,11 @@ class Search:
             found += [] if best is None else [best]
         return found
 
-    @staticmethod
-    def _unpadded(saved: Sequence[float]) -> list[int]:
-        """The numbers of layers that save more than any fewer do, and none."""
-        return [count for count, each in enumerate(saved) if not count or each > max(saved[:count])]
+    def _steps(self, less: Changes, more: Changes, order: Sequence[int]) -> list[Changes]:
+        """`less`, and with the first layers of `order` as in `more`: as many as save more than any fewer do."""
+        plans = [_mixed(less, more, order[:count]) for count in range(len(order) + 1)]
+        saved = [self.saved(each) for each in plans]
+        return [each for count, each in enumerate(plans) if not count or saved[count] > max(saved[:count])]
 
     def _sunk(self, trial: Trial, sink: int) -> Trial:
         changes = {layer: replace(plan, sink=sink) for layer, plan in trial.changes.items()}
@@ -156,3 +151,9 @@ class Search:
         if first not in self.scan.layers:
             raise ValueError(f"layer {first} is not to be changed")
         return {**changes, **dict.fromkeys(range(first, self.num_layers), LINEAR)}
+
+
+def _mixed(less: Changes, more: Changes, layers: Sequence[int]) -> Changes:
+    """Those layers as in `more`, and the others as in `less`."""
+    taken = {layer: more if layer in layers else less for layer in {**less, **more}}
+    return {layer: plans[layer] for layer, plans in taken.items() if layer in plans}

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -87,9 +88,8 @@ class Trials:
         Where it knows nothing, all items count.
         """
         stock = self.scores(task, {})
-        counts = stock.scores if any(stock.scores) else [1.0] * len(nll)
-        more = (count * (after - before) for count, after, before in zip(counts, nll, stock.nll, strict=True))
-        return sum(more) / sum(counts)
+        more = [after - before for after, before in zip(nll, stock.nll, strict=True)]
+        return fmean(more, stock.scores if any(stock.scores) else None)
 
     @cached_property
     def _evaluators(self) -> dict[str, Evaluator]:
