@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -12,6 +13,7 @@ from loadtests.answer import CUT, read_answers
 from loadtests.run import LOCUSTFILE, locust
 from vllm_ext.process import free_port, running
 
+STOPPING = Path(__file__).with_name("stopping_client.py")
 USERS = 50
 WITHIN = 0.002
 
@@ -98,6 +100,19 @@ def test_locusts_own_rows(url, tmp_path):
     table = (tmp_path / "run_stats.csv").read_text()
     assert all(f"{kind},/v1/chat/completions mixed" in table for kind in rows)
     assert "TTFT" in (tmp_path / "run.html").read_text()
+
+
+def test_a_run_that_ends_while_rows_are_written_has_each_answer_once(url, tmp_path):
+    records, rows = tmp_path / "records.jsonl", tmp_path / "run.json"
+    command = [sys.executable, "-m", "locust", "-f", f"{LOCUSTFILE},{STOPPING}", "--host", url, "--headless"]
+    asked = ["--users=1", "--run-time=60s", "--client-bound=inf", f"--records={records}", f"--json-file={rows.stem}"]
+    done = subprocess.run([*command, *asked, "--scale=0.3"], cwd=tmp_path, timeout=120, check=False)
+    assert done.returncode == 0
+    answer, *cut = read_answers([records])
+    assert len(answer.gaps) > 32  # so that its rows are written in more turns than one
+    assert all(each.id != answer.id and each.error == CUT for each in cut)
+    counts = {row["method"]: row["num_requests"] for row in json.loads(rows.read_text())}
+    assert counts == {"POST": 1, "TTFT": 1, "ITL": len(answer.gaps), "TPOT": 1, "tokens in": 1, "tokens out": 1}
 
 
 def test_master_and_two_workers(url, tmp_path):
