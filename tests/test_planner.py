@@ -82,25 +82,31 @@ def test_of_two_plans_the_one_between_has_half_of_what_differs(copying, data, fo
     small, large = LayerPlan("window", WINDOW), LayerPlan("window", 2 * WINDOW)
     first, second, third, last = scan.order
     assert last == FETCHES
-    between = search.between({}, {first: small, second: small, third: small})
+    all_small = {first: small, second: small, third: small}
+    between = search.between({}, all_small, 1 / LAYERS)
     assert between.changes == {first: small}
     assert between.missed == trials.missed({first: small})
-    some = search.between({second: large, third: large, last: large}, {first: small, second: small, third: large})
+    some = search.between({second: large, third: large, last: large}, {first: small, second: small, third: large}, 0.0)
     assert some.changes == {first: small, second: large, third: large, last: large}
-    assert search.between({first: small}, {second: small}).changes == {}
-    assert search.between({first: small}, {first: small}).changes == {first: small}
-    search.saved = lambda changes: (0, 0.1, 0.4, 0.3)[len(changes)]  # three are padded
-    assert search.between({}, {first: small, second: small, third: small}).changes == {first: small}
+    assert search.between({first: small}, {second: small}, 0.0).changes == {}
+    assert search.between({first: small}, {first: small}, 0.0).changes == {first: small}
     search.saved = lambda changes: (0, 0.1, 0.4, 0.6)[len(changes)]
-    assert search.between({}, {first: small, second: small, third: small}).changes == {first: small, second: small}
+    for wanted, saved in ((0.0, 0.1), (0.24, 0.1), (0.26, 0.4), (0.6, 0.4)):
+        assert search.saved(search.between({}, all_small, wanted).changes) == saved
+    search.saved = lambda changes: (0, 0.3, 0.2, 0.6)[len(changes)]  # two are padded
+    assert search.between({}, all_small, 0.2).changes == {first: small}
 
 
 def test_the_widest_gap_in_what_plans_save_is_filled_until_enough_are_judged():
-    def between(less, more):
-        return Trial(dict.fromkeys(range((len(less) + len(more)) // 2), LayerPlan("window", WINDOW)), 0.0)
+    def windows(count):
+        return dict.fromkeys(range(count), LayerPlan("window", WINDOW))
 
     def counts(*given, saved=len):
-        plans = [between("-" * each, "-" * each) for each in given]
+        def between(less, more, wanted):
+            inner = range(len(less) + 1, len(more)) or [len(less)]
+            return Trial(windows(min(inner, key=lambda each: abs(saved(windows(each)) - wanted))), 0.0)
+
+        plans = [Trial(windows(each), 0.0) for each in given]
         return [len(each.changes) for each in filled(plans, saved, between)]
 
     assert counts(20, 12, 2) == [20, 12, 7, 2]
@@ -108,7 +114,9 @@ def test_the_widest_gap_in_what_plans_save_is_filled_until_enough_are_judged():
     assert counts(20, 18) == [20, 18, 13, 9]
     assert counts(16) == [16, 12, 8, 4]
     assert counts(8, 6, 4, 0) == [8, 6, 4, 0]
-    assert counts(16, saved=lambda changes: len(changes) / 20) == [16, 12, 8]  # four save too little
+    assert counts(16, saved=lambda changes: len(changes) / 20) == [16, 13, 10, 7]
+    assert counts(15, 10, 7, saved=lambda changes: len(changes) / 20) == [15, 12, 10, 7]
+    assert counts(6, saved=lambda changes: len(changes) / 20) == [6, 5]  # fewer save too little
     assert counts(2, 1) == [2, 1]
     assert counts(1) == [1]
     assert counts(0) == [0]

@@ -198,20 +198,20 @@ def spread(plans: Sequence[Trial]) -> list[Trial]:
 
 
 def filled(
-    plans: Sequence[Trial], saved: Callable[[Changes], float], between: Callable[[Changes, Changes], Trial]
+    plans: Sequence[Trial], saved: Callable[[Changes], float], between: Callable[[Changes, Changes, float], Trial]
 ) -> list[Trial]:
-    """More plans than there are, up to `MOST_JUDGED`, each where what two neighbours save is furthest apart, of which
-    the last is the unchanged model.
+    """More plans than there are, up to `MOST_JUDGED`, each in the middle of the two whose savings are furthest apart.
 
-    A search asks few items, on which plans seem much alike that are not so to the judge.
+    The last of these is the unchanged model, as if it saved `LEAST_SAVED`. A search asks few items, on which plans seem
+    much alike that are not so to the judge.
     """
     made = list(plans)
     while made and len(made) < MOST_JUDGED:
-        bounds = [*made, Trial({}, 0.0)]
-        savings = [saved(each.changes) for each in bounds]
+        bounds = [*(each.changes for each in made), {}]
+        savings = [*(saved(each.changes) for each in made), LEAST_SAVED]
         place = max(range(1, len(bounds)), key=lambda each: savings[each - 1] - savings[each])
-        found = between(bounds[place].changes, bounds[place - 1].changes)
-        if not max(savings[place], LEAST_SAVED) < saved(found.changes) < savings[place - 1]:
-            break  # too little is saved, or no more than by a neighbour, as groups of the KV cache are padded
+        found = between(bounds[place], bounds[place - 1], (savings[place] + savings[place - 1]) / 2)
+        if not savings[place] < saved(found.changes) < savings[place - 1]:
+            break  # too little, or no more than a neighbour, as groups of the KV cache are padded
         made.insert(place, found)
     return made

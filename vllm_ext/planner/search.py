@@ -98,16 +98,15 @@ class Search:
         ]
         return list({tuple(sorted(each.changes.items())): each for each in found}.values())
 
-    def between(self, less: Changes, more: Changes) -> Trial:
+    def between(self, less: Changes, more: Changes, wanted: float) -> Trial:
         """Of the layers where they differ, those that are missed least as in `more`, and the others as in `less`.
 
-        As many as save what is nearest to the middle of the two; half of them where no number saves more than fewer do.
+        As many as save what is nearest to `wanted`; half of them where no number saves more than fewer do.
         """
         differ = [layer for layer in self.scan.order if less.get(layer) != more.get(layer)]
         steps = self._steps(less, more, differ)[1:]
         inner = [each for each in steps if each != more] or [_mixed(less, more, differ[: len(differ) // 2])]
-        middle = (self.saved(less) + self.saved(more)) / 2
-        changes = min(inner, key=lambda each: abs(self.saved(each) - middle))
+        changes = min(inner, key=lambda each: abs(self.saved(each) - wanted))
         return Trial(changes, self.trials.missed(changes))
 
     def tops(self, below: Trial) -> list[Trial]:
