@@ -54,8 +54,8 @@ class Session:
             name = f"{path.stem}-{self.worker}{path.suffix}" if isinstance(runner, WorkerRunner) else path.name
             self.file = path.with_name(name).open("w")
         self.watch = Watch()
-        self.rows = gevent.pool.Group()
-        """What writes Locust's rows: users, which the end of a run kills, do not do it themselves."""
+        self.writing = gevent.pool.Group()
+        """What writes Locust's rows: not the users, whom the end of a run kills."""
 
     def ask(self, request: Request, intended: float, chunks: list[Chunk]) -> tuple[Answer, Stream]:
         """Send it, and put what came into Locust's rows and the records."""
@@ -73,7 +73,7 @@ class Session:
         if self.file:
             self.file.write(write_line(answer))
         if answer.error != CUT:
-            self.rows.spawn(self._write_rows, answer, request)
+            self.writing.spawn(self._write_rows, answer, request)
 
     def _write_rows(self, answer: Answer, request: Request) -> None:
         name = f"{request.path} {request.profile}"
@@ -114,7 +114,7 @@ class Session:
     def close(self) -> None:
         """Write out what is left, and say if the run is void."""
         self.client.close()
-        self.rows.join()
+        self.writing.join()
         client = self.watch.stop()
         if self.file:
             self.file.write(json.dumps({"client": asdict(client), "start": self.start}) + "\n")
