@@ -26,7 +26,7 @@ from loadtests.answer import Answer
 from loadtests.guidellm import Benchmark
 from loadtests.metrics import INTERVAL, Scraper, capacity_of, from_prometheus, prefix_cache
 from loadtests.results import Plan, Point, Results
-from loadtests.run import Pace, warm_up
+from loadtests.run import LEAST_REQUESTS, Pace, warm_up
 from loadtests.settings import Load
 from loadtests.statistics import figures, waited
 from loadtests.texts import Texts
@@ -273,9 +273,14 @@ class Comparison:
 
 
 def first_guess(load: Load, served: float, token_seconds: float, capacity: float) -> float:
-    """Requests a second: what a warm-up was served, or what the KV cache has room for at once, whichever is less."""
+    """Requests a second: what a warm-up was served, or what the KV cache has room for at once, whichever is less.
+
+    The latter counts no less than a run of plain length needs: tokens of a warm-up, which prompts hold up, make it look
+    slow, and at too low a rate the first run would take most of the time there is.
+    """
     workload = load.asks(texts=Texts())
     held = workload.mean_tokens - workload.mean_answer / 2
     if not (capacity > 0 and token_seconds > 0):
         return served
-    return min(served, capacity / held / (workload.mean_answer * token_seconds))
+    room = capacity / held / (workload.mean_answer * token_seconds)
+    return min(served, max(room, LEAST_REQUESTS / load.duration))

@@ -3,6 +3,7 @@
 import heapq
 import itertools
 import json
+import math
 import socket
 import sys
 import time
@@ -14,9 +15,11 @@ import pytest
 
 from loadtests.answer import CUT, Objective, read_answers
 from loadtests.arrivals import schedule
+from loadtests.compare import first_guess
 from loadtests.run import locust, run, warm_up
 from loadtests.saturation import saturate
 from loadtests.settings import Load
+from loadtests.texts import Texts
 from vllm_ext.process import free_port, running
 
 SLOTS, FIRST, GAP, TOKENS = 4, 0.1, 0.02, 6
@@ -145,6 +148,18 @@ def test_the_first_guess_counts_prompts_whose_answers_have_not_ended():
     with running([sys.executable, "-m", "tests.token_server", str(port), *shape], port) as url:
         served, _ = warm_up(url, Load(workload="rag", warmup=0, duration=2))
     assert served == pytest.approx(4 / 2, rel=0.4)  # of the four prompts each has any length from 1,024 to 3,072
+
+
+@pytest.mark.parametrize(
+    ("seconds", "at_once", "guess"),
+    [(0.0, 4, 3.0), (1.0, math.nan, 3.0), (1.0, 4, 3.0), (2.0, 4, 2.0), (8.0, 4, 0.5), (9.0, 4, 0.5)],
+)
+def test_the_first_guess_is_what_is_served_or_has_room(seconds, at_once, guess):
+    """Three a second are served; a request takes those seconds. Five in ten seconds are a run's least."""
+    load = Load(workload="rag", duration=10)
+    asked = load.asks(texts=Texts())
+    capacity = at_once * (asked.mean_tokens - asked.mean_answer / 2)
+    assert first_guess(load, 3.0, seconds / asked.mean_answer, capacity) == pytest.approx(guess)
 
 
 def test_a_server_that_does_not_answer_while_a_run_lasts_is_told_of():
