@@ -89,6 +89,7 @@ def test_the_planned_one_says_what_it_was_judged_by(planned):
     assert Goal(0.0).choose(front.plans) == taken
     told = [name for name in taken.tasks if name.split()[0] in ("needle", "needles", "words", "uuids", "facts")]
     assert len(told) == 9
+    assert {"words at 2048", "uuids at 2048", "facts at 2048"} < set(told)
     assert min(taken.tasks[name].ratio for name in told) == 1.0
     assert min(figure.ratio for figure in taken.tasks.values()) >= 0.95
     judged = checkpoint.config["vllm_ext"]["judged"]

@@ -75,7 +75,7 @@ def test_the_search_leaves_it_alone_and_lets_the_others_go(found):
     assert best.kept > 0.98
 
 
-def test_of_two_plans_the_one_between_has_half_of_what_differs(copying, data, found, tmp_path):
+def test_of_two_plans_the_one_between_saves_what_is_wanted(copying, data, found, tmp_path):
     shutil.copytree(found, tmp_path / "again")
     trials, scan = planner(copying, data, tmp_path / "again").search, report.read(found / "front.json").scan
     search = Search(trials, scan, (WINDOW,), (), (), lambda changes: len(changes) / LAYERS)
@@ -93,6 +93,8 @@ def test_of_two_plans_the_one_between_has_half_of_what_differs(copying, data, fo
     search.saved = lambda changes: (0, 0.1, 0.4, 0.6)[len(changes)]
     for wanted, saved in ((0.0, 0.1), (0.24, 0.1), (0.26, 0.4), (0.6, 0.4)):
         assert search.saved(search.between({}, all_small, wanted).changes) == saved
+    search.saved = lambda changes: (0, 0.1, 0.4, 0.3)[len(changes)]  # three are padded
+    assert search.between({}, all_small, 0.15).changes == {first: small}
     search.saved = lambda changes: (0, 0.3, 0.2, 0.6)[len(changes)]  # two are padded
     assert search.between({}, all_small, 0.2).changes == {first: small}
 
